@@ -1,0 +1,218 @@
+"""AsyncSeparator: the public API on asyncio, with the names of :class:`stemserve.Separator`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+import grpc
+from tritonclient.grpc import service_pb2
+
+from stemserve.result import Result
+from stemserve.separator import (
+    DEFAULT_CHUNK_TIMEOUT_S,
+    DEFAULT_IN_FLIGHT,
+    STATISTICS_PATIENCE_S,
+    InFlight,
+    Progress,
+)
+from stemserve.spec import ModelSpec
+from stemserve.stem_files import Format
+from stemserve.track import TrackJob, TrackOptions
+from stemserve.triton import (
+    CHANNEL_OPTIONS,
+    CONNECT_TIMEOUT_S,
+    ServedModel,
+    ServerTimes,
+    Stub,
+    default_model,
+    model_missing,
+    served_error,
+    served_model,
+    target_of,
+)
+
+T = TypeVar("T")
+
+
+class AsyncSeparator:
+    """Separates tracks through one model of a Triton server, on asyncio.
+
+    An async context manager; arguments and errors are those of :class:`stemserve.Separator`,
+    raised on entry where that raises them on construction. Decoding, joining and encoding run in
+    worker threads, so the event loop stays free.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str | None = None,
+        *,
+        in_flight: int = DEFAULT_IN_FLIGHT,
+        chunk_timeout_s: float = DEFAULT_CHUNK_TIMEOUT_S,
+    ) -> None:
+        if in_flight < 1:
+            raise ValueError(f"in_flight must be 1 or more, got {in_flight}")
+        self.url = url
+        self._model = model
+        self._in_flight = in_flight
+        self._chunk_timeout_s = chunk_timeout_s
+        self._channel: grpc.aio.Channel | None = None
+
+    async def __aenter__(self) -> AsyncSeparator:
+        self._channel = grpc.aio.insecure_channel(target_of(self.url), options=CHANNEL_OPTIONS)
+        self._stub = Stub(self._channel)
+        try:
+            self._served = await self._look_up(self._model)
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connection; calls in flight are cancelled."""
+        if self._channel is not None:
+            await self._channel.close()
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The served model's description of itself."""
+        return self._served.spec
+
+    @property
+    def device(self) -> str:
+        """``gpu`` or ``cpu``: where the server runs the model."""
+        return self._served.device
+
+    async def separate(
+        self,
+        path: str | os.PathLike[str],
+        out_dir: str | os.PathLike[str],
+        *,
+        stems: Sequence[str] | None = None,
+        file_format: Format = "wav",
+        sample_rate: int | None = None,
+        normalize: bool = False,
+        overlap: float | None = None,
+        progress: Progress | None = None,
+    ) -> Result:
+        """Separate one file; as :meth:`stemserve.Separator.separate`.
+
+        Cancelling the task cancels what is in flight and leaves no file behind.
+        """
+        options = TrackOptions(stems, file_format, sample_rate, normalize, overlap)
+        source = Path(path)
+        folder = Path(out_dir) / source.stem
+        job = await self._open(source, folder, options)
+        try:
+            before = await self._server_times()
+            await self._run(job, progress)
+            chunks = len(job.latency.round_trips_s)
+            job.latency.server = await self._server_times_since(before, chunks)
+            return await _in_thread(job.finish)
+        finally:
+            job.close()
+
+    async def _open(self, source: Path, folder: Path, options: TrackOptions) -> TrackJob:
+        opening = asyncio.ensure_future(
+            asyncio.to_thread(TrackJob, source, folder, self._served, options)
+        )
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            (await opening).close()
+            raise
+
+    async def _run(self, job: TrackJob, progress: Progress | None) -> None:
+        window: deque[InFlight] = deque()
+        try:
+            while True:
+                while len(window) < self._in_flight and (
+                    following := await _in_thread(job.next_request)
+                ):
+                    request, track_samples = following
+                    call = self._stub.ModelInfer(request, timeout=self._chunk_timeout_s)
+                    window.append(InFlight(call, track_samples))
+                if not window:
+                    return
+                response = await window[0].call
+                oldest = window.popleft()
+                await _in_thread(job.accept, response, oldest.track_samples, oldest.round_trip_s)
+                if progress is not None:
+                    progress(len(job.latency.round_trips_s), job.expected_chunks)
+        except grpc.RpcError as error:
+            raise served_error(error, self.url, midway=True) from None
+        finally:
+            for waiting in window:
+                waiting.call.cancel()
+
+    async def _look_up(self, model: str | None) -> ServedModel:
+        try:
+            if model is None:
+                model = default_model(self.url, await self._list_ready())
+            try:
+                reply = await self._stub.ModelConfig(
+                    service_pb2.ModelConfigRequest(name=model), timeout=CONNECT_TIMEOUT_S
+                )
+            except grpc.RpcError as error:
+                if error.code() != grpc.StatusCode.NOT_FOUND:
+                    raise
+                raise model_missing(self.url, model, await self._list_ready()) from None
+        except grpc.RpcError as error:
+            raise served_error(error, self.url) from None
+        return served_model(reply.config)
+
+    async def _list_ready(self) -> list[str]:
+        request = service_pb2.RepositoryIndexRequest(ready=True)
+        index = await self._stub.RepositoryIndex(request, timeout=CONNECT_TIMEOUT_S)
+        return sorted(model.name for model in index.models)
+
+    async def _server_times(self) -> ServerTimes | None:
+        try:
+            return ServerTimes.from_statistics(
+                await self._stub.ModelStatistics(
+                    service_pb2.ModelStatisticsRequest(name=self.spec.name),
+                    timeout=CONNECT_TIMEOUT_S,
+                )
+            )
+        except grpc.RpcError:
+            return None
+
+    async def _server_times_since(
+        self, before: ServerTimes | None, chunks: int
+    ) -> ServerTimes | None:
+        if before is None:
+            return None
+        deadline = time.monotonic() + STATISTICS_PATIENCE_S
+        while True:
+            now = await self._server_times()
+            if now is None or (now - before).requests >= chunks or time.monotonic() > deadline:
+                return None if now is None else now - before
+            await asyncio.sleep(0.01)
+
+
+async def _in_thread(function: Callable[..., T], *args: object) -> T:
+    """Run a blocking step in a worker thread, to its end even if the task is cancelled.
+
+    The job's files must not be closed while a thread still writes to them.
+    """
+    work = asyncio.ensure_future(asyncio.to_thread(function, *args))
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        await asyncio.wait([work])
+        raise

@@ -1,0 +1,1 @@
+"""Backends that the local Triton is given; each folder is named as the backend it stands in for."""

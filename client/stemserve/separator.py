@@ -1,0 +1,260 @@
+"""Separator: the public API, blocking."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+import grpc
+from tritonclient.grpc import service_pb2
+
+from stemserve.errors import SpecError
+from stemserve.result import Result
+from stemserve.spec import ModelSpec
+from stemserve.stem_files import Format
+from stemserve.track import TrackJob, TrackOptions
+from stemserve.triton import (
+    CHANNEL_OPTIONS,
+    CONNECT_TIMEOUT_S,
+    ServedModel,
+    ServerTimes,
+    Stub,
+    default_model,
+    model_missing,
+    served_error,
+    served_model,
+    target_of,
+)
+
+# Enough to keep a server busy while one answer is joined and written; more only adds memory
+# (a two-stem chunk is 4 MB on its way out and 8 MB on its way back).
+DEFAULT_IN_FLIGHT: Final = 4
+DEFAULT_CHUNK_TIMEOUT_S: Final = 120.0
+# Statistics may trail the last answer by one request.
+STATISTICS_PATIENCE_S: Final = 0.25
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(slots=True)
+class InFlight:
+    """A request on its way.
+
+    Attributes:
+        call: the gRPC call.
+        track_samples: the track's length with its last chunk, None before.
+    """
+
+    call: Any
+    track_samples: int | None
+    sent_s: float = field(default_factory=time.monotonic)
+    done_s: float | None = None
+
+    def __post_init__(self) -> None:
+        self.call.add_done_callback(self._done)
+
+    def _done(self, _call: object) -> None:
+        self.done_s = time.monotonic()
+
+    @property
+    def round_trip_s(self) -> float:
+        """Seconds from sending to the answer."""
+        return (self.done_s or time.monotonic()) - self.sent_s
+
+
+def served_models(url: str) -> list[tuple[str, str, ServedModel | SpecError]]:
+    """Return name, version and description of every model that is ready on a server.
+
+    A model without a spec that this client reads comes with the error that says why.
+
+    Raises:
+        ServerUnreachableError, ServerError: the server does not answer as a Triton.
+    """
+    found: list[tuple[str, str, ServedModel | SpecError]] = []
+    with grpc.insecure_channel(target_of(url), options=CHANNEL_OPTIONS) as channel:
+        stub = Stub(channel)
+        try:
+            for name, version in sorted(_list_ready(stub).items()):
+                request = service_pb2.ModelConfigRequest(name=name)
+                reply = stub.ModelConfig(request, timeout=CONNECT_TIMEOUT_S)
+                try:
+                    found.append((name, version, served_model(reply.config)))
+                except SpecError as error:
+                    found.append((name, version, error))
+        except grpc.RpcError as error:
+            raise served_error(error, url) from None
+    return found
+
+
+def _list_ready(stub: Stub) -> dict[str, str]:
+    request = service_pb2.RepositoryIndexRequest(ready=True)
+    index = stub.RepositoryIndex(request, timeout=CONNECT_TIMEOUT_S)
+    return {model.name: model.version for model in index.models}
+
+
+class Separator:
+    """Separates tracks through one model of a Triton server.
+
+    Thread-safe: one Separator may be shared, each call keeps its own window of chunks in flight.
+
+    Args:
+        url: ``host:port`` of Triton's gRPC endpoint, or a gRPC target (``dns:///…``, ``ipv4:…``).
+        model: name of the model; may be left out if the server has only one.
+        in_flight: chunks of a track that are sent before the first answer is awaited. Bounds the
+            memory of a call.
+        chunk_timeout_s: seconds within which each chunk must be answered, queueing included.
+
+    Raises:
+        ServerUnreachableError: nothing answers at the address.
+        ModelNotFoundError: the server does not have the model, or several and none is named.
+        SpecError: the model is not one that stemserve exported, or from a newer one.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str | None = None,
+        *,
+        in_flight: int = DEFAULT_IN_FLIGHT,
+        chunk_timeout_s: float = DEFAULT_CHUNK_TIMEOUT_S,
+    ) -> None:
+        if in_flight < 1:
+            raise ValueError(f"in_flight must be 1 or more, got {in_flight}")
+        self.url = url
+        self._in_flight = in_flight
+        self._chunk_timeout_s = chunk_timeout_s
+        self._channel = grpc.insecure_channel(target_of(url), options=CHANNEL_OPTIONS)
+        self._stub = Stub(self._channel)
+        try:
+            self._served = self._look_up(model)
+        except BaseException:
+            self._channel.close()
+            raise
+
+    def __enter__(self) -> Separator:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; calls in flight are cancelled."""
+        self._channel.close()
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The served model's description of itself."""
+        return self._served.spec
+
+    @property
+    def device(self) -> str:
+        """``gpu`` or ``cpu``: where the server runs the model."""
+        return self._served.device
+
+    def separate(
+        self,
+        path: str | os.PathLike[str],
+        out_dir: str | os.PathLike[str],
+        *,
+        stems: Sequence[str] | None = None,
+        file_format: Format = "wav",
+        sample_rate: int | None = None,
+        normalize: bool = False,
+        overlap: float | None = None,
+        progress: Progress | None = None,
+    ) -> Result:
+        """Separate one file into ``out_dir/<track>/<stem>.<ext>`` and ``metadata.json``.
+
+        Args:
+            path: the input (wav, flac, ogg, mp3, aiff; 8 to 192 kHz; mono to 7.1).
+            out_dir: where the track's folder is made.
+            stems: stems to ask for; only they travel. All for None.
+            file_format: ``wav`` (32-bit float), ``flac`` (24 bit) or ``mp3`` (320 kbit/s).
+            sample_rate: of the stems, Hz; the input's own for None, which gives stems of exactly
+                the input's length.
+            normalize: one gain for all stems such that the loudest peaks at -1 dBFS.
+            overlap: share of a chunk in common with its neighbour, in [0, 1); the model's default
+                for None.
+            progress: called with (chunks done, chunks expected) after each chunk.
+
+        Raises:
+            AudioInputError: the input is missing, unreadable, not audio, truncated, empty, …
+            OutputError: the stems cannot be written.
+            ServerError: the server is lost, overloaded, or answers wrongly.
+        """
+        options = TrackOptions(stems, file_format, sample_rate, normalize, overlap)
+        source = Path(path)
+        with TrackJob(source, Path(out_dir) / source.stem, self._served, options) as job:
+            before = self._server_times()
+            self._run(job, progress)
+            job.latency.server = self._server_times_since(before, len(job.latency.round_trips_s))
+            return job.finish()
+
+    def _run(self, job: TrackJob, progress: Progress | None) -> None:
+        window: deque[InFlight] = deque()
+        try:
+            while True:
+                while len(window) < self._in_flight and (following := job.next_request()):
+                    request, track_samples = following
+                    call = self._stub.ModelInfer.future(request, timeout=self._chunk_timeout_s)
+                    window.append(InFlight(call, track_samples))
+                if not window:
+                    return
+                response = window[0].call.result()
+                oldest = window.popleft()
+                job.accept(response, oldest.track_samples, oldest.round_trip_s)
+                if progress is not None:
+                    progress(len(job.latency.round_trips_s), job.expected_chunks)
+        except grpc.RpcError as error:
+            raise served_error(error, self.url, midway=True) from None
+        finally:
+            for waiting in window:
+                waiting.call.cancel()
+
+    def _look_up(self, model: str | None) -> ServedModel:
+        try:
+            if model is None:
+                model = default_model(self.url, sorted(_list_ready(self._stub)))
+            try:
+                reply = self._stub.ModelConfig(
+                    service_pb2.ModelConfigRequest(name=model), timeout=CONNECT_TIMEOUT_S
+                )
+            except grpc.RpcError as error:
+                if error.code() != grpc.StatusCode.NOT_FOUND:
+                    raise
+                raise model_missing(self.url, model, sorted(_list_ready(self._stub))) from None
+        except grpc.RpcError as error:
+            raise served_error(error, self.url) from None
+        return served_model(reply.config)
+
+    def _server_times(self) -> ServerTimes | None:
+        try:
+            return ServerTimes.from_statistics(
+                self._stub.ModelStatistics(
+                    service_pb2.ModelStatisticsRequest(name=self.spec.name),
+                    timeout=CONNECT_TIMEOUT_S,
+                )
+            )
+        except grpc.RpcError:  # a gateway may route inference only; the split is then not told
+            return None
+
+    def _server_times_since(self, before: ServerTimes | None, chunks: int) -> ServerTimes | None:
+        if before is None:
+            return None
+        deadline = time.monotonic() + STATISTICS_PATIENCE_S
+        while True:
+            now = self._server_times()
+            if now is None or (now - before).requests >= chunks or time.monotonic() > deadline:
+                return None if now is None else now - before
+            time.sleep(0.01)

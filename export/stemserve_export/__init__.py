@@ -1,0 +1,1 @@
+"""Exports published separators to ONNX for a Triton model repository."""
