@@ -174,8 +174,13 @@ class LocalServer:
                         f"tritonserver ended with status {self._process.returncode} while it was "
                         f"starting. Its log ends with:\n{self.log_tail()}"
                     )
-                with contextlib.suppress(grpc.RpcError):
-                    if stub.ServerReady(service_pb2.ServerReadyRequest(), timeout=1).ready:
+                with contextlib.suppress(grpc.RpcError, OSError):
+                    ready = stub.ServerReady(service_pb2.ServerReadyRequest(), timeout=1).ready
+                    # Triton opens these after the gRPC port.
+                    for port in (self.http_port, self.metrics_port):
+                        if port is not None:
+                            socket.create_connection((self.host, port), timeout=1).close()
+                    if ready:
                         return
                 if time.monotonic() > deadline:
                     raise StartupError(

@@ -118,7 +118,11 @@ class TritonPythonModel:
         for (request, feed), names in zip(feeds, wanted, strict=True):
             stop = start + len(feed[self._inputs[0]])
             answers[id(request)] = pb_utils.InferenceResponse(
-                [pb_utils.Tensor(name, results[name][start:stop]) for name in names]
+                [
+                    pb_utils.Tensor(name, results[name][start:stop])
+                    for name in fetches
+                    if name in names
+                ]
             )
             start = stop
         return answers
