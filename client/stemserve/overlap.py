@@ -145,17 +145,25 @@ def cut(blocks: Iterable[Samples], plan: ChunkPlan) -> Iterator[Chunk]:
             length += block.shape[1]
         if length == 0:
             return
-        joined = np.concatenate(held, axis=1)
-        samples = np.zeros((joined.shape[0], plan.chunk), np.float32)
-        part = joined[:, : plan.chunk]
-        samples[:, : part.shape[1]] = part
         last = ended and plan.completes(start, length)
-        yield Chunk(samples, length if last else None)
+        samples, rest = _split(held, plan)
+        held, held_samples = [rest], rest.shape[1]
+        # Handed over: a generator that waits at `yield` must not keep a chunk alive.
+        handed = [Chunk(samples, length if last else None)]
+        del samples, rest
+        yield handed.pop()
         if last:
             return
-        held = [joined[:, plan.stride :].copy()]
-        held_samples = held[0].shape[1]
         start += plan.stride
+
+
+def _split(held: list[Samples], plan: ChunkPlan) -> tuple[Samples, Samples]:
+    """Return the first chunk of what is held, padded with zeros, and what follows its stride."""
+    joined = np.concatenate(held, axis=1)
+    samples = np.zeros((joined.shape[0], plan.chunk), np.float32)
+    part = joined[:, : plan.chunk]
+    samples[:, : part.shape[1]] = part
+    return samples, joined[:, plan.stride :].copy()
 
 
 class OverlapAdd:

@@ -206,14 +206,11 @@ class Separator:
         try:
             while True:
                 while len(window) < self._in_flight and (following := job.next_request()):
-                    request, track_samples = following
-                    call = self._stub.ModelInfer.future(request, timeout=self._chunk_timeout_s)
-                    window.append(InFlight(call, track_samples))
+                    window.append(self._send(*following))
+                    del following
                 if not window:
                     return
-                response = window[0].call.result()
-                oldest = window.popleft()
-                job.accept(response, oldest.track_samples, oldest.round_trip_s)
+                self._take_oldest(job, window)
                 if progress is not None:
                     progress(len(job.latency.round_trips_s), job.expected_chunks)
         except grpc.RpcError as error:
@@ -221,6 +218,17 @@ class Separator:
         finally:
             for waiting in window:
                 waiting.call.cancel()
+
+    # Two methods, so that no local name keeps megabytes alive while the next answer is awaited.
+
+    def _send(self, request: service_pb2.ModelInferRequest, track_samples: int | None) -> InFlight:
+        call = self._stub.ModelInfer.future(request, timeout=self._chunk_timeout_s)
+        return InFlight(call, track_samples)
+
+    def _take_oldest(self, job: TrackJob, window: deque[InFlight]) -> None:
+        response = window[0].call.result()
+        oldest = window.popleft()
+        job.accept(response, oldest.track_samples, oldest.round_trip_s)
 
     def _look_up(self, model: str | None) -> ServedModel:
         try:

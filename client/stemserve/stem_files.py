@@ -105,7 +105,7 @@ class _StemFile:
         )
 
     def write(self, block: Samples) -> None:
-        frames = np.array(block.T, order="C")
+        frames = np.stack(tuple(block), axis=1)  # several times faster than a copy of block.T
         self._put(frames if self._resampler is None else self._resampler.resample_chunk(frames))
 
     def finish(self, frames: int) -> None:

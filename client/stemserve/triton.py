@@ -144,23 +144,22 @@ def read_response(
     wire = _DTYPES[spec.wire_dtype]
     expected = (1, *spec.tensor_dims)
     size = int(np.prod(expected)) * np.dtype(wire).itemsize
-    found = {
-        tensor.name: (tensor, raw)
-        for tensor, raw in zip(response.outputs, response.raw_output_contents, strict=False)
-    }
+    positions = {tensor.name: index for index, tensor in enumerate(response.outputs)}
     outputs: list[Samples] = []
     for stem in stems:
-        if stem not in found:
+        index = positions.get(stem)
+        if index is None or index >= len(response.raw_output_contents):
             raise InvalidResponseError(
                 f"Model '{spec.name}' answered without the stem '{stem}' that was asked for; "
                 "check that server and model are of the same release."
             )
-        tensor, raw = found[stem]
-        if tuple(tensor.shape) != expected or len(raw) != size:
+        shape = list(response.outputs[index].shape)
+        raw = response.raw_output_contents[index]  # a copy: protobuf hands out no views
+        if tuple(shape) != expected or len(raw) != size:
             raise InvalidResponseError(
-                f"Model '{spec.name}' answered with {len(raw)} bytes of shape "
-                f"{list(tensor.shape)} for '{stem}'; expected {size} bytes of {list(expected)} "
-                f"{spec.wire_dtype}. A server environment with numpy 2 does this."
+                f"Model '{spec.name}' answered with {len(raw)} bytes of shape {shape} for "
+                f"'{stem}'; expected {size} bytes of {list(expected)} {spec.wire_dtype}. A server "
+                "environment with numpy 2 does this."
             )
         samples = np.frombuffer(raw, dtype=wire).reshape(spec.tensor_dims)
         samples = samples.astype(np.float32, copy=False)

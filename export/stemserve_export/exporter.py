@@ -179,8 +179,12 @@ def _recipe(spec: ModelSpec) -> str:
         json.dumps([spec.name, spec.tensor_dims, spec.stems, spec.to_parameters()]).encode()
     )
     package = files("stemserve_export")
-    for name in ("spectral.py", "onnx_graph.py", f"families/{spec.family}.py"):
-        digest.update((package / name).read_bytes())
+    family = sorted(
+        (file for file in (package / "families").iterdir() if file.name.startswith(spec.family)),
+        key=lambda file: file.name,
+    )
+    for file in (package / "spectral.py", package / "onnx_graph.py", *family):
+        digest.update(file.read_bytes())
     return digest.hexdigest()
 
 

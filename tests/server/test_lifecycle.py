@@ -139,7 +139,7 @@ def test_numpy_2_is_refused_by_the_backend_itself(small_repository, tmp_path):
     model = scratch / "backends" / "onnxruntime" / "model.py"
     # What numpy 2 would tell: PYTHONPATH does not reach the stub, so another numpy cannot be put
     # before the venv's.
-    model.write_text(model.read_text().replace("np.__version__", '"2.2.6"'))
+    model.write_text(model.read_text().replace("np.__version__", "'2.2.6'"))
     done = subprocess.run(
         [install.binary, *install.arguments, f"--model-repository={small_repository}",
          "--grpc-port=0", "--allow-http=false", "--allow-metrics=false"],

@@ -34,7 +34,7 @@ def identity_spec(name="identity", chunk_samples=11025, **changes) -> ModelSpec:
 
 
 def edge_ramp(spec: ModelSpec) -> np.ndarray:
-    """Partial sums at both ends of a chunk that add up to 1 with the neighbour's: [chunk] float32."""
+    """Partial sums at both ends of a chunk that add up to 1 with the neighbour's."""
     envelope = np.ones(spec.chunk_samples, np.float32)
     if spec.edge_samples:
         rise = np.linspace(0, 1, spec.edge_samples + 2, dtype=np.float32)[1:-1]

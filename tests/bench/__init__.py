@@ -1,0 +1,1 @@
+"""Benchmarks: figures with their peers, measured in the same run. `make bench`."""

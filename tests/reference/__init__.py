@@ -1,0 +1,1 @@
+"""Plain PyTorch versions of published separators: what parity is measured against."""
