@@ -54,10 +54,7 @@ def print_result(console: Console, result: Result, server_peak_rss_mb: float | N
     table.add_row(
         "chunk latency",
         f"p50 {trips['p50']:.0f} ms, p95 {trips['p95']:.0f} ms, p99 {trips['p99']:.0f} ms "
-        f"({metadata['chunks']['count']} chunks of "
-        f"{metadata['chunks']['samples'] / metadata['input']['sample_rate']:.1f} s)"
-        if metadata["input"]["sample_rate"]
-        else "",
+        f"({metadata['chunks']['count']} chunk(s) of {metadata['chunks']['seconds']:.1f} s)",
     )
     if "queue" in latency:
         table.add_row(

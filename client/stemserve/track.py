@@ -272,6 +272,7 @@ class TrackJob:
             "chunks": {
                 "count": len(self.latency.round_trips_s),
                 "samples": self.plan.chunk,
+                "seconds": round(self.plan.chunk / spec.sample_rate, 3),
                 "stride": self.plan.stride,
                 "joined_by": "crossfade" if self.plan.crossfade else "published framing",
             },
