@@ -21,6 +21,7 @@ from stemserve.separator import (
     STATISTICS_PATIENCE_S,
     InFlight,
     Progress,
+    counted_failures,
 )
 from stemserve.spec import ModelSpec
 from stemserve.stem_files import Format
@@ -116,16 +117,16 @@ class AsyncSeparator:
         """
         options = TrackOptions(stems, file_format, sample_rate, normalize, overlap)
         source = Path(path)
-        folder = Path(out_dir) / source.stem
-        job = await self._open(source, folder, options)
-        try:
-            before = await self._server_times()
-            await self._run(job, progress)
-            chunks = len(job.latency.round_trips_s)
-            job.latency.server = await self._server_times_since(before, chunks)
-            return await _in_thread(job.finish)
-        finally:
-            job.close()
+        with counted_failures(self.spec.name):
+            job = await self._open(source, Path(out_dir) / source.stem, options)
+            try:
+                before = await self._server_times()
+                await self._run(job, progress)
+                chunks = len(job.latency.round_trips_s)
+                job.latency.server = await self._server_times_since(before, chunks)
+                return await _in_thread(job.finish)
+            finally:
+                job.close()
 
     async def _open(self, source: Path, folder: Path, options: TrackOptions) -> TrackJob:
         opening = asyncio.ensure_future(
@@ -160,9 +161,8 @@ class AsyncSeparator:
     # Two methods, so that no local name keeps megabytes alive while the next answer is awaited.
 
     def _send(self, request: service_pb2.ModelInferRequest, track_samples: int | None) -> InFlight:
-        return InFlight(
-            self._stub.ModelInfer(request, timeout=self._chunk_timeout_s), track_samples
-        )
+        call = self._stub.ModelInfer(request, timeout=self._chunk_timeout_s)
+        return InFlight(call, self.spec.name, track_samples)
 
     async def _take_oldest(self, job: TrackJob, window: deque[InFlight]) -> None:
         response = await window[0].call

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +15,8 @@ from typing import Any, Final
 import grpc
 from tritonclient.grpc import service_pb2
 
-from stemserve.errors import SpecError
+from stemserve import metrics
+from stemserve.errors import SpecError, StemserveError
 from stemserve.result import Result
 from stemserve.spec import ModelSpec
 from stemserve.stem_files import Format
@@ -48,19 +50,23 @@ class InFlight:
 
     Attributes:
         call: the gRPC call.
+        model: name of the model that is called.
         track_samples: the track's length with its last chunk, None before.
     """
 
     call: Any
+    model: str
     track_samples: int | None
     sent_s: float = field(default_factory=time.monotonic)
     done_s: float | None = None
 
     def __post_init__(self) -> None:
+        metrics.IN_FLIGHT.labels(self.model).inc()
         self.call.add_done_callback(self._done)
 
     def _done(self, _call: object) -> None:
         self.done_s = time.monotonic()
+        metrics.IN_FLIGHT.labels(self.model).dec()
 
     @property
     def round_trip_s(self) -> float:
@@ -96,6 +102,16 @@ def _list_ready(stub: Stub) -> dict[str, str]:
     request = service_pb2.RepositoryIndexRequest(ready=True)
     index = stub.RepositoryIndex(request, timeout=CONNECT_TIMEOUT_S)
     return {model.name: model.version for model in index.models}
+
+
+@contextmanager
+def counted_failures(model: str) -> Iterator[None]:
+    """Count a track that fails, by the class of the error."""
+    try:
+        yield
+    except StemserveError as error:
+        metrics.FAILURES.labels(model, type(error).__name__).inc()
+        raise
 
 
 class Separator:
@@ -195,7 +211,10 @@ class Separator:
         """
         options = TrackOptions(stems, file_format, sample_rate, normalize, overlap)
         source = Path(path)
-        with TrackJob(source, Path(out_dir) / source.stem, self._served, options) as job:
+        with (
+            counted_failures(self.spec.name),
+            TrackJob(source, Path(out_dir) / source.stem, self._served, options) as job,
+        ):
             before = self._server_times()
             self._run(job, progress)
             job.latency.server = self._server_times_since(before, len(job.latency.round_trips_s))
@@ -223,7 +242,7 @@ class Separator:
 
     def _send(self, request: service_pb2.ModelInferRequest, track_samples: int | None) -> InFlight:
         call = self._stub.ModelInfer.future(request, timeout=self._chunk_timeout_s)
-        return InFlight(call, track_samples)
+        return InFlight(call, self.spec.name, track_samples)
 
     def _take_oldest(self, job: TrackJob, window: deque[InFlight]) -> None:
         response = window[0].call.result()

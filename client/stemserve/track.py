@@ -23,6 +23,7 @@ import numpy.typing as npt
 from tritonclient.grpc import service_pb2
 
 import stemserve
+from stemserve import metrics
 from stemserve.audio import AudioReader
 from stemserve.errors import EmptyAudioError, OutputError
 from stemserve.overlap import ChunkPlan, OverlapAdd, cut
@@ -170,6 +171,7 @@ class TrackJob:
             InvalidResponseError, OutputError: see each.
         """
         self.latency.round_trips_s.append(round_trip_s)
+        metrics.CHUNK_SECONDS.labels(self._spec.name).observe(round_trip_s)
         self.model_version = response.model_version
         outputs = read_response(self._spec, response, self.stems)
         blocks = self._joiner.add(outputs, track_samples)
@@ -189,6 +191,8 @@ class TrackJob:
         stems = self._writer.finish(frames)
         metadata = self._metadata(stems, frames)
         paths = self._writer.commit(metadata)
+        metrics.AUDIO_SECONDS.labels(self._spec.name).inc(properties.duration_s)
+        metrics.TRACK_SECONDS.labels(self._spec.name).observe(time.monotonic() - self._started)
         return Result(self._folder, paths, metadata)
 
     def _mixture(self) -> Iterator[Samples]:

@@ -68,6 +68,3 @@ def run_cli():
         )
 
     return run
-
-
-

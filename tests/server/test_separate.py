@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import soundfile
+from prometheus_client import REGISTRY
 from support.models import identity_spec
 
 from stemserve import AsyncSeparator, Separator
@@ -253,3 +254,23 @@ def test_overlap_out_of_range(server, song, tmp_path):
 def test_spec_comes_back_from_the_server(server):
     with Separator(server.url, "identity") as separator:
         assert separator.spec == identity_spec()
+
+
+def metric(name, **labels):
+    return REGISTRY.get_sample_value(f"stemserve_client_{name}", labels) or 0.0
+
+
+def test_metrics_count_what_happened(server, tmp_path):
+    soundfile.write(tmp_path / "track.wav", noise(44100), 44100, subtype="FLOAT")
+    chunks = metric("chunk_seconds_count", model="identity")
+    audio = metric("audio_seconds_total", model="identity")
+    failed = metric("track_failures_total", model="identity", error="UnknownStemError")
+    with Separator(server.url, "identity") as separator:
+        separator.separate(tmp_path / "track.wav", tmp_path)
+        with pytest.raises(UnknownStemError):
+            separator.separate(tmp_path / "track.wav", tmp_path, stems=["drums"])
+    assert metric("chunk_seconds_count", model="identity") == chunks + 4
+    assert metric("audio_seconds_total", model="identity") == pytest.approx(audio + 1)
+    assert metric("chunks_in_flight", model="identity") == 0
+    failures = metric("track_failures_total", model="identity", error="UnknownStemError")
+    assert failures == failed + 1

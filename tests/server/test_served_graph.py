@@ -33,13 +33,17 @@ def chunk(spec, song_samples):
 def bare(repository):
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(repository / "spleeter_2stems" / "1" / "model.onnx", options)
+    return onnxruntime.InferenceSession(
+        repository / "spleeter_2stems" / "1" / "model.onnx", options
+    )
 
 
 def test_served_equals_bare_graph(stub, spec, chunk, bare):
     reply = stub.ModelInfer(infer_request(spec, chunk, spec.stems, "1"), timeout=60)
     served = read_response(spec, reply, spec.stems)
-    for stem, alone in zip(served, bare.run(list(spec.stems), {INPUT_NAME: chunk[None]}), strict=True):
+    for stem, alone in zip(
+        served, bare.run(list(spec.stems), {INPUT_NAME: chunk[None]}), strict=True
+    ):
         np.testing.assert_array_equal(stem, alone[0])
 
 
@@ -52,7 +56,9 @@ def test_concurrent_requests_equal_single_ones(stub, spec, chunk, bare):
     ]
     for one, call in zip(chunks, calls, strict=True):
         alone = bare.run(list(spec.stems), {INPUT_NAME: one[None]})
-        for stem, expected in zip(read_response(spec, call.result(), spec.stems), alone, strict=True):
+        for stem, expected in zip(
+            read_response(spec, call.result(), spec.stems), alone, strict=True
+        ):
             np.testing.assert_array_equal(stem, expected[0])
 
 
