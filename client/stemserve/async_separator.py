@@ -25,7 +25,7 @@ from stemserve.separator import (
 )
 from stemserve.spec import ModelSpec
 from stemserve.stem_files import Format
-from stemserve.track import TrackJob, TrackOptions
+from stemserve.track import TrackJob, TrackOptions, track_folder
 from stemserve.triton import (
     CHANNEL_OPTIONS,
     CONNECT_TIMEOUT_S,
@@ -118,7 +118,7 @@ class AsyncSeparator:
         options = TrackOptions(stems, file_format, sample_rate, normalize, overlap)
         source = Path(path)
         with counted_failures(self.spec.name):
-            job = await self._open(source, Path(out_dir) / source.stem, options)
+            job = await self._open(source, track_folder(source, Path(out_dir)), options)
             try:
                 before = await self._server_times()
                 await self._run(job, progress)

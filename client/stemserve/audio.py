@@ -45,7 +45,16 @@ _SHORT_CHUNK: Final = re.compile(
     r"^\s*(?:data|SSND|riff|Riff size) ?: (\d+) \(should be (\d+)\)", re.M
 )
 _UNKNOWN_SIZE: Final = 0x7FFFF000
+_UNKNOWN_FRAMES: Final = 1 << 62  # libsndfile's length of a flac that came from a pipe is 2^63 - 1
+_JUNK_AT_END: Final = "Junk after the last page"
 _NO_END_OF_STREAM: Final = "Last page lacks an end-of-stream bit"
+
+
+class _Stream(soundfile.SoundFile):  # type: ignore[misc]
+    """Read from beginning to end: soundfile's seeks fail where the length is unknown."""
+
+    def seekable(self) -> bool:
+        return False
 
 
 @dataclass(slots=True)
@@ -109,8 +118,8 @@ class AudioReader:
 
     @property
     def announced_frames(self) -> int:
-        """Samples per channel that the header announces (for progress; may be off for mp3)."""
-        return int(self._file.frames)
+        """Samples per channel by the header, 0 if unknown (for progress; may be off for mp3)."""
+        return int(self._file.frames) if self._file.frames < _UNKNOWN_FRAMES else 0
 
     def blocks(self, sample_rate: int) -> Iterator[Samples]:
         """Yield the file as blocks [2, n] float32 at ``sample_rate`` Hz.
@@ -141,7 +150,7 @@ class AudioReader:
                 f"'{path}' cannot be read ({error.strerror}); check its permissions."
             ) from None
         try:
-            return soundfile.SoundFile(path)
+            return _Stream(os.fsencode(path))  # soundfile refuses names that are not UTF-8
         except (soundfile.LibsndfileError, TypeError):
             # libsndfile recognises files by content; RAW is chosen by name only (TypeError).
             raise NotAudioError(
@@ -167,7 +176,7 @@ class AudioReader:
                     f"'{path}' is truncated: its header announces {announced} bytes of audio and "
                     f"{present} are there. Get the whole file, or cut it cleanly first."
                 )
-        if _NO_END_OF_STREAM in log:
+        if _NO_END_OF_STREAM in log or (_JUNK_AT_END in log and _ends_within_ogg_page(path)):
             raise TruncatedAudioError(
                 f"'{path}' is truncated: its last Ogg page does not end the stream. Get the "
                 "whole file, or cut it cleanly first."
@@ -231,6 +240,20 @@ def resample(blocks: Iterable[Samples], from_rate: int, to_rate: int) -> Iterato
         out = stream.resample_chunk(empty, last=True)
         if len(out):
             yield np.ascontiguousarray(out.T)
+
+
+def _ends_within_ogg_page(path: Path) -> bool:
+    """Tell whether the last page of an Ogg file is cut off."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 65_307))  # the largest page
+        tail = file.read()
+    at = tail.rfind(b"OggS")
+    if at < 0:
+        return False
+    page = tail[at:]
+    if len(page) < 27 or len(page) < 27 + page[26]:
+        return True
+    return len(page) < 27 + page[26] + sum(page[27 : 27 + page[26]])
 
 
 def _reason(error: soundfile.LibsndfileError) -> str:

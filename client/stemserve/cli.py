@@ -127,7 +127,7 @@ def separate(
     from stemserve.report import print_result, progress_bar
     from stemserve.separator import Separator
 
-    _check_track_names(files)
+    _check_track_names(files, out_dir)
     if len(files) == 1:  # before a server is started for it
         AudioReader(files[0]).close()
     console = Console()
@@ -275,7 +275,11 @@ def models(url: str, as_json: bool) -> None:
         click.echo(f"Left out '{name}': {error}", err=True)
 
 
-def _check_track_names(files: tuple[Path, ...]) -> None:
+def _check_track_names(files: tuple[Path, ...], out_dir: Path) -> None:
+    from stemserve.track import track_folder
+
+    for file in files:
+        track_folder(file, out_dir)
     names = Counter(file.stem for file in files)
     repeated = [name for name, count in names.items() if count > 1]
     if repeated:

@@ -74,7 +74,8 @@ def print_result(console: Console, result: Result, server_peak_rss_mb: float | N
 def print_models(console: Console, url: str, models: Sequence[tuple[str, ServedModel]]) -> None:
     """Print the models of a server that carry a spec."""
     table = Table(title=f"Models at {url}", title_justify="left")
-    for column in ("model", "version", "stems", "chunk", "dtype", "batch", "device", "licence"):
+    table.add_column("model", no_wrap=True)
+    for column in ("version", "stems", "chunk", "dtype", "batch", "device", "licence"):
         table.add_column(column, overflow="fold")
     for version, model in models:
         spec = model.spec

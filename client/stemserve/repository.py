@@ -39,14 +39,12 @@ def described_models(repository: Path) -> list[str]:
 
 def exported_models(repository: Path) -> list[str]:
     """Return the names of the models that have a configuration and weights."""
-    return [
-        name
-        for name in described_models(repository)
-        if any(
-            file.parent.name.isdigit()
-            for file in (repository / name).glob(f"*/{model_file(repository, name)}")
-        )
-    ]
+    return [name for name in described_models(repository) if _is_exported(repository, name)]
+
+
+def _is_exported(repository: Path, name: str) -> bool:
+    file = model_file(repository, name)
+    return any(path.parent.name.isdigit() for path in (repository / name).glob(f"*/{file}"))
 
 
 def model_file(repository: Path, name: str) -> str:
@@ -88,9 +86,8 @@ def models_to_serve(repository: Path, names: Sequence[str]) -> list[str]:
             f"There is no model repository '{repository}'; make one with `stemserve export "
             "spleeter_2stems`, or name another with --repository."
         )
-    exported = exported_models(repository)
-    for name in names:
-        if name not in exported:
+    for name in names:  # others may be broken
+        if not _is_exported(repository, name):
             file = model_file(repository, name)
             raise ModelFileMissingError(
                 f"Model '{name}' has no weights: '{repository}/{name}/<version>/{file}' is "
@@ -98,6 +95,7 @@ def models_to_serve(repository: Path, names: Sequence[str]) -> list[str]:
             )
     if names:
         return list(names)
+    exported = exported_models(repository)
     if not exported:
         described = described_models(repository)
         raise ModelFileMissingError(

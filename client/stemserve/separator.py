@@ -20,7 +20,7 @@ from stemserve.errors import SpecError, StemserveError
 from stemserve.result import Result
 from stemserve.spec import ModelSpec
 from stemserve.stem_files import Format
-from stemserve.track import TrackJob, TrackOptions
+from stemserve.track import TrackJob, TrackOptions, track_folder
 from stemserve.triton import (
     CHANNEL_OPTIONS,
     CONNECT_TIMEOUT_S,
@@ -213,7 +213,7 @@ class Separator:
         source = Path(path)
         with (
             counted_failures(self.spec.name),
-            TrackJob(source, Path(out_dir) / source.stem, self._served, options) as job,
+            TrackJob(source, track_folder(source, Path(out_dir)), self._served, options) as job,
         ):
             before = self._server_times()
             self._run(job, progress)

@@ -19,7 +19,7 @@ from typing import Final
 import grpc
 from tritonclient.grpc import service_pb2
 
-from stemserve.errors import PortTakenError, StartupError
+from stemserve.errors import LocalServerError, PortTakenError, StartupError
 from stemserve.repository import default_repository, models_to_serve
 from stemserve.triton import Stub
 from stemserve.triton_install import find_triton
@@ -80,7 +80,8 @@ class LocalServer:
     @property
     def url(self) -> str:
         """``host:port`` of the gRPC endpoint."""
-        return f"{self.host}:{self.grpc_port}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.grpc_port}"
 
     @property
     def pid(self) -> int:
@@ -148,7 +149,14 @@ class LocalServer:
         ]
         if not Path("/dev/nvidiactl").exists():
             command += ["--allow-gpu-metrics=false", "--pinned-memory-pool-byte-size=0"]
-        with self.log.open("wb") as log:
+        try:
+            log = self.log.open("wb")
+        except OSError as error:
+            raise LocalServerError(
+                f"The log '{self.log}' cannot be written to ({error.strerror}); choose another "
+                "with --log."
+            ) from None
+        with log:
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -184,7 +192,7 @@ class LocalServer:
                         return
                 if time.monotonic() > deadline:
                     raise StartupError(
-                        f"tritonserver was not ready within {self._startup_deadline_s:.0f} s; "
+                        f"tritonserver was not ready within {self._startup_deadline_s:g} s; "
                         f"raise the deadline or look at its log, which ends with:\n"
                         f"{self.log_tail()}"
                     )

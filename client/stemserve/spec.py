@@ -10,6 +10,7 @@ the rest travels in the configuration's ``parameters`` under the prefix ``stemse
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
@@ -106,6 +107,9 @@ class ModelSpec:
             problems.append("it has no name")
         if not self.stems or len(set(self.stems)) != len(self.stems):
             problems.append(f"stems must be one or more different names, got {self.stems}")
+        for stem in self.stems:
+            if not re.fullmatch(r"\w[\w .+-]*", stem):  # it becomes a file's name
+                problems.append(f"a stem must be named by letters and digits, got '{stem}'")
         for name in ("version", "sample_rate", "channels", "chunk_samples", "max_batch_size"):
             if getattr(self, name) < 1:
                 problems.append(f"{name} must be 1 or more, got {getattr(self, name)}")

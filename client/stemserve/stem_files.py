@@ -12,7 +12,7 @@ import json
 import math
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,8 +100,9 @@ class _StemFile:
         container = encoding.container
         if container == "WAV" and size > _WAV_LIMIT_BYTES:
             container = "RF64"
+        name = os.fsencode(path)  # soundfile refuses names that are not UTF-8
         self._file = soundfile.SoundFile(
-            path, "w", to_rate, channels, encoding.subtype, format=container, **encoding.options
+            name, "w", to_rate, channels, encoding.subtype, format=container, **encoding.options
         )
 
     def write(self, block: Samples) -> None:
@@ -186,18 +187,22 @@ class TrackWriter:
         self._files: list[_StemFile] = []
         # The gain of a normalized track is known at its end only: keep it as float until then.
         self._encoding = _ENCODINGS["wav" if normalize else file_format]
-        with self._reported():
-            for stem in stems:
-                self._files.append(
-                    _StemFile(
-                        self._partial / f"{stem}.{'gain.wav' if normalize else file_format}",
-                        self._encoding,
-                        channels,
-                        model_rate,
-                        sample_rate,
-                        announced_frames,
+        try:
+            with self._reported():
+                for stem in stems:
+                    self._files.append(
+                        _StemFile(
+                            self._partial / f"{stem}.{'gain.wav' if normalize else file_format}",
+                            self._encoding,
+                            channels,
+                            model_rate,
+                            sample_rate,
+                            announced_frames,
+                        )
                     )
-                )
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> TrackWriter:
         return self
@@ -208,6 +213,10 @@ class TrackWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files; remove what was written unless :meth:`commit` has moved it."""
         for file in self._files:
             with contextlib.suppress(Exception):
                 file.close()
@@ -227,7 +236,7 @@ class TrackWriter:
             if self._normalize:
                 self._apply_gain()
             for file in self._files:
-                written = soundfile.info(file.path).frames
+                written = soundfile.info(os.fsencode(file.path)).frames
                 # An mp3's length is known to its own frame of 1152 samples only.
                 if written != file.frames and self._format != "mp3":
                     raise OSError(errno.EIO, f"{written} of {file.frames} samples were kept")
@@ -240,13 +249,17 @@ class TrackWriter:
         """Write the metadata, move everything into place and return the stems' paths."""
         with self._reported():
             text = json.dumps(metadata, indent=2, ensure_ascii=False) + "\n"
-            (self._partial / METADATA_NAME).write_text(text, encoding="utf-8")
+            # A name that is not UTF-8 becomes JSON's own escape for what it was decoded to.
+            (self._partial / METADATA_NAME).write_bytes(text.encode("utf-8", "backslashreplace"))
             try:
                 self._partial.rename(self._folder)  # replaces an empty folder, or none
             except OSError:
                 self._folder.mkdir(exist_ok=True)
-                names = [file.path.name for file in self._files]
-                for name in (*names, METADATA_NAME):
+                names = [*(file.path.name for file in self._files), METADATA_NAME]
+                for name in names:  # before the first is replaced
+                    if (self._folder / name).is_dir():
+                        raise IsADirectoryError(errno.EISDIR, f"'{name}' is a folder") from None
+                for name in names:
                     (self._partial / name).replace(self._folder / name)
         return {
             stem: self._folder / file.path.name
@@ -258,7 +271,7 @@ class TrackWriter:
         self.gain = 10 ** (NORMALIZED_PEAK_DB / 20) / peak if peak > 0 else 1.0
         finals = []
         for stem, raw in zip(self._stems, self._files, strict=True):
-            with soundfile.SoundFile(raw.path) as source:
+            with soundfile.SoundFile(os.fsencode(raw.path)) as source:
                 final = _StemFile(
                     self._partial / f"{stem}.{self._format}",
                     _ENCODINGS[self._format],
@@ -303,10 +316,8 @@ def _partial_folder(folder: Path) -> Path:
                 f"'{folder}' exists and is no folder that may be written to; remove it or "
                 "choose another --out."
             )
-        path = Path(
-            tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent)
-        )
-        path.chmod(0o777 & ~_umask())
+        path = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:12]}.partial"
+        path.mkdir()
         return path
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -317,9 +328,3 @@ def _partial_folder(folder: Path) -> Path:
             f"The output folder '{folder.parent}' cannot be written to ({error.strerror}); "
             "choose another with --out."
         ) from None
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

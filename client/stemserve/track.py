@@ -150,7 +150,8 @@ class TrackJob:
         if chunk is None:
             return None
         self._sent += 1
-        request_id = f"{self._folder.name}-{self._sent}"
+        track = self._folder.name.encode("utf-8", "replace").decode()  # protobuf takes UTF-8 only
+        request_id = f"{track}-{self._sent}"
         request = infer_request(self._spec, chunk.samples, self.stems, request_id)
         return request, chunk.track_samples
 
@@ -284,6 +285,19 @@ class TrackJob:
             "client_peak_rss_mb": round(peak_rss_mb(), 1),
             "warnings": as_dicts(warnings),
         }
+
+
+def track_folder(path: Path, out_dir: Path) -> Path:
+    """Return the folder of a track's stems, ``out_dir/<track>``.
+
+    Raises:
+        OutputError: the file's name less its extension is no name of a folder.
+    """
+    if path.stem in ("", ".", ".."):
+        raise OutputError(
+            f"'{path}' gives no name for the folder of its stems; rename it, e.g. to song.wav."
+        )
+    return out_dir / path.stem
 
 
 def peak_rss_mb() -> float:

@@ -64,8 +64,9 @@ def target_of(url: str) -> str:
         )
     if target.startswith(("dns:", "ipv4:", "ipv6:", "unix:")):
         return target
-    _host, colon, port = target.rpartition(":")
-    if not colon or not port.isdigit() or not 0 < int(port) < 65536:
+    host, _, port = target.rpartition(":")
+    digits = port.isascii() and port.isdigit()
+    if not host or not digits or not 0 < int(port) < 65536:
         raise ServerUnreachableError(
             f"'{url}' is no address of a server; expected host:port, e.g. localhost:8001."
         )

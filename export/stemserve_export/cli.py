@@ -8,7 +8,6 @@ from pathlib import Path
 import click
 
 from stemserve.errors import MissingExtraError
-from stemserve.repository import default_repository
 
 
 @click.command()
@@ -40,6 +39,7 @@ def export(
     listing: bool,
 ) -> None:
     """Export the models NAME... into a Triton model repository."""
+    from stemserve.repository import default_repository
     from stemserve_export.catalog import find_model
 
     if listing:
@@ -86,7 +86,8 @@ def _print_catalog() -> None:
     from stemserve_export.catalog import load_catalog
 
     table = Table(title="Models that can be exported", title_justify="left")
-    for column in ("model", "family", "stems", "weights", "licence", "commercial use"):
+    table.add_column("model", no_wrap=True)
+    for column in ("family", "stems", "weights", "licence", "commercial use"):
         table.add_column(column, overflow="fold")
     for name, entry in sorted(load_catalog().items()):
         size = f"{entry.checkpoint.size / 1e6:.0f} MB" if entry.checkpoint.size else "?"

@@ -16,7 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
 
-from stemserve.errors import ExportError
+from stemserve.errors import CheckpointError, ExportError
 from stemserve.repository import CONFIG_NAME, MODEL_FILE
 from stemserve.spec import Checkpoint, ModelSpec
 from stemserve_export.catalog import CatalogEntry, PinnedFile
@@ -149,7 +149,12 @@ def _build(
     from stemserve_export.verify import graph_parity_db
 
     report(f"Exporting {spec.name} (version {spec.version})")
-    module = _family(entry).load(checkpoint, entry.members, entry.stems, entry.options)
+    try:
+        module = _family(entry).load(checkpoint, entry.members, entry.stems, entry.options)
+    except OSError as error:  # ours to write to is the repository only
+        raise CheckpointError(
+            f"The checkpoint '{checkpoint}' of '{spec.name}' cannot be read ({error})."
+        ) from None
     model = export_graph(module, spec, path)
     parity_db = graph_parity_db(module, spec, path)
     if parity_db is not None:
@@ -214,13 +219,20 @@ def _staging(folder: Path) -> Iterator[Path]:
 
 def _commit(staging: Path, artefact: Path, target: Path) -> None:
     """Move a finished artefact into place; signals wait until that is done."""
-    artefact.chmod(0o755)
     blocked = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
     try:
+        replaced = staging / "replaced"
         if target.exists():
-            target.rename(staging / "replaced")
-        artefact.rename(target)
-        (staging / CONFIG_NAME).replace(target.parent / CONFIG_NAME)
+            target.rename(replaced)
+        try:
+            artefact.rename(target)
+            (staging / CONFIG_NAME).replace(target.parent / CONFIG_NAME)
+        except OSError:
+            if target.exists():
+                target.rename(artefact)
+            if replaced.exists():
+                replaced.rename(target)
+            raise
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -30,6 +30,8 @@ _ALLOWED: Final = """
     PRelu Reciprocal ReduceMax ReduceMean ReduceSum Relu Reshape Shape Sigmoid Sin Slice Softmax
     Split Sqrt Squeeze Sub Tanh Tile Transpose Unsqueeze Where
 """
+# onnx.TensorProto.FLOAT and FLOAT16
+_ELEMENT_TYPES: Final = {"fp32": 1, "fp16": 10}
 ALLOWED_OPERATORS: Final = frozenset(_ALLOWED.split())
 
 
@@ -84,7 +86,12 @@ def check_graph(model: onnx.ModelProto, spec: ModelSpec) -> None:
     """
     import onnx
 
-    onnx.checker.check_model(model, full_check=True)
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(
+            f"The graph of '{spec.name}' is no valid ONNX ({error}); rewrite the module."
+        ) from None
     for opset in model.opset_import:
         if opset.domain not in ("", "ai.onnx"):
             raise ExportError(
@@ -114,6 +121,12 @@ def _check_tensors(spec: ModelSpec, kind: str, values, names: tuple[str, ...]) -
     for value in values:
         dims = value.type.tensor_type.shape.dim
         shape = tuple(dim.dim_value for dim in dims[1:])
+        dtype = value.type.tensor_type.elem_type
+        if dtype != _ELEMENT_TYPES[spec.wire_dtype]:
+            raise ExportError(
+                f"'{value.name}' of the graph of '{spec.name}' has ONNX's dtype {dtype}; expected "
+                f"{_ELEMENT_TYPES[spec.wire_dtype]} for {spec.wire_dtype}."
+            )
         if not dims[0].dim_param or shape != spec.tensor_dims:
             raise ExportError(
                 f"'{value.name}' of the graph of '{spec.name}' has the shape "

@@ -25,6 +25,8 @@ def snr_db(reference: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -
     """Signal-to-noise ratio of ``other`` against ``reference`` (same shape), in dB."""
     signal = float(np.sum(np.square(reference, dtype=np.float64)))
     noise = float(np.sum(np.square(np.subtract(reference, other, dtype=np.float64))))
+    if not math.isfinite(noise):
+        return -math.inf
     if noise == 0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf

@@ -126,9 +126,7 @@ def test_missing_weights(small_repository, run_cli):
 def test_damaged_graph_shows_the_log(small_repository):
     before = traces()
     (small_repository / "identity" / "1" / "model.onnx").write_bytes(b"no graph")
-    with pytest.raises(
-        StartupError, match=r"(?s)ended with status.*starting.*identity"
-    ):
+    with pytest.raises(StartupError, match=r"(?s)ended with status.*starting.*identity"):
         LocalServer(small_repository)
     assert gone_within(before, 5)
 
