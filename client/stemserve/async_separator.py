@@ -6,10 +6,10 @@ import asyncio
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 from tritonclient.grpc import service_pb2
@@ -18,13 +18,16 @@ from stemserve.result import Result
 from stemserve.separator import (
     DEFAULT_CHUNK_TIMEOUT_S,
     DEFAULT_IN_FLIGHT,
+    DRAIN_S,
     STATISTICS_PATIENCE_S,
+    UNFINISHED,
     InFlight,
     Progress,
     counted_failures,
 )
 from stemserve.spec import ModelSpec
 from stemserve.stem_files import Format
+from stemserve.tensors import SharedTensors, Ticket, cannot_share
 from stemserve.track import TrackJob, TrackOptions, track_folder
 from stemserve.triton import (
     CHANNEL_OPTIONS,
@@ -56,6 +59,7 @@ class AsyncSeparator:
         model: str | None = None,
         *,
         in_flight: int = DEFAULT_IN_FLIGHT,
+        shared_memory: bool = False,
         chunk_timeout_s: float = DEFAULT_CHUNK_TIMEOUT_S,
     ) -> None:
         if in_flight < 1:
@@ -63,6 +67,7 @@ class AsyncSeparator:
         self.url = url
         self._model = model
         self._in_flight = in_flight
+        self._slots = in_flight if shared_memory else 0
         self._chunk_timeout_s = chunk_timeout_s
         self._channel: grpc.aio.Channel | None = None
 
@@ -76,12 +81,7 @@ class AsyncSeparator:
             raise
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     async def close(self) -> None:
@@ -120,17 +120,18 @@ class AsyncSeparator:
         with counted_failures(self.spec.name):
             job = await self._open(source, track_folder(source, Path(out_dir)), options)
             try:
-                before = await self._server_times()
-                await self._run(job, progress)
-                chunks = len(job.latency.round_trips_s)
-                job.latency.server = await self._server_times_since(before, chunks)
-                return await _in_thread(job.finish)
+                async with self._mapped(job.shared):
+                    before = await self._server_times()
+                    await self._run(job, progress)
+                    chunks = len(job.latency.round_trips_s)
+                    job.latency.server = await self._server_times_since(before, chunks)
+                    return await _in_thread(job.finish)
             finally:
                 job.close()
 
     async def _open(self, source: Path, folder: Path, options: TrackOptions) -> TrackJob:
         opening = asyncio.ensure_future(
-            asyncio.to_thread(TrackJob, source, folder, self._served, options)
+            asyncio.to_thread(TrackJob, source, folder, self._served, options, self._slots)
         )
         try:
             return await asyncio.shield(opening)
@@ -156,18 +157,43 @@ class AsyncSeparator:
             raise served_error(error, self.url, midway=True) from None
         finally:
             for waiting in window:
-                waiting.call.cancel()
+                if job.shared is None:
+                    waiting.call.cancel()
+                else:  # the server must not be left writing to memory that goes away
+                    job.shared.in_doubt |= not await _has_ended(waiting.call)
+
+    @asynccontextmanager
+    async def _mapped(self, shared: SharedTensors | None) -> AsyncIterator[None]:
+        """Have the server map a track's shared memory, and unmap it in the end."""
+        if shared is None:
+            yield
+            return
+        try:
+            await self._stub.SystemSharedMemoryRegister(
+                shared.registration(), timeout=CONNECT_TIMEOUT_S
+            )
+        except grpc.RpcError as error:
+            raise cannot_share(self.url, error.details() or "") from None
+        shared.registered()
+        try:
+            yield
+        finally:
+            if not shared.in_doubt:
+                with suppress(grpc.RpcError):
+                    await self._stub.SystemSharedMemoryUnregister(
+                        shared.unregistration(), timeout=CONNECT_TIMEOUT_S
+                    )
 
     # Two methods, so that no local name keeps megabytes alive while the next answer is awaited.
 
-    def _send(self, request: service_pb2.ModelInferRequest, track_samples: int | None) -> InFlight:
+    def _send(self, request: service_pb2.ModelInferRequest, ticket: Ticket) -> InFlight:
         call = self._stub.ModelInfer(request, timeout=self._chunk_timeout_s)
-        return InFlight(call, self.spec.name, track_samples)
+        return InFlight(call, self.spec.name, ticket)
 
     async def _take_oldest(self, job: TrackJob, window: deque[InFlight]) -> None:
         response = await window[0].call
         oldest = window.popleft()
-        await _in_thread(job.accept, response, oldest.track_samples, oldest.round_trip_s)
+        await _in_thread(job.accept, response, oldest.ticket, oldest.round_trip_s)
 
     async def _look_up(self, model: str | None) -> ServedModel:
         try:
@@ -212,6 +238,13 @@ class AsyncSeparator:
             if now is None or (now - before).requests >= chunks or time.monotonic() > deadline:
                 return None if now is None else now - before
             await asyncio.sleep(0.01)
+
+
+async def _has_ended(call: Any) -> bool:
+    """Wait for a call; tell whether the server is done with it for certain."""
+    waiting = asyncio.ensure_future(call.code())
+    done, _ = await asyncio.wait([waiting], timeout=DRAIN_S)
+    return bool(done) and waiting.result() not in UNFINISHED
 
 
 async def _in_thread(function: Callable[..., T], *args: object) -> T:

@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Final
 
 import numpy as np
@@ -104,12 +103,7 @@ class AudioReader:
     def __enter__(self) -> AudioReader:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -193,7 +187,7 @@ class AudioReader:
                 raise TruncatedAudioError(self._cut_off(_reason(error))) from None
             if not len(frames):
                 break
-            peak = float(np.abs(frames).max())
+            peak = float(max(frames.max(), -frames.min()))  # NaN, too, if there is one
             if not np.isfinite(peak):
                 bad = int(np.argmin(np.isfinite(frames).all(axis=1))) + properties.frames
                 raise NonFiniteAudioError(

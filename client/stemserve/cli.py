@@ -101,6 +101,12 @@ def cli() -> None:
     help="Model repository of the local server.",
 )
 @click.option(
+    "--shared-memory",
+    is_flag=True,
+    help="Hand samples over through /dev/shm, for a --url on this machine. A local server that is "
+    "started for this command is called so anyway.",
+)
+@click.option(
     "--json", "as_json", is_flag=True, help="Print metadata, and nothing else, on stdout."
 )
 def separate(
@@ -114,6 +120,7 @@ def separate(
     normalize: bool,
     overlap: float | None,
     repository: Path | None,
+    shared_memory: bool,
     as_json: bool,
 ) -> None:
     """Separate FILEs into stems.
@@ -126,6 +133,7 @@ def separate(
     from stemserve.audio import AudioReader
     from stemserve.report import print_result, progress_bar
     from stemserve.separator import Separator
+    from stemserve.tensors import shared_memory_has_room
 
     _check_track_names(files, out_dir)
     if len(files) == 1:  # before a server is started for it
@@ -145,7 +153,8 @@ def separate(
         if url is None:
             server = stack.enter_context(_local_server(repository, model))
             url = server.url
-        separator = stack.enter_context(Separator(url, model))
+            shared_memory = shared_memory_has_room()
+        separator = stack.enter_context(Separator(url, model, shared_memory=shared_memory))
         for file in files:
             shown = sys.stderr.isatty() and not as_json
             try:

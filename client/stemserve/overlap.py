@@ -146,24 +146,30 @@ def cut(blocks: Iterable[Samples], plan: ChunkPlan) -> Iterator[Chunk]:
         if length == 0:
             return
         last = ended and plan.completes(start, length)
-        samples, rest = _split(held, plan)
-        held, held_samples = [rest], rest.shape[1]
+        samples, held = _split(held, plan)
+        held_samples = max(0, held_samples - plan.stride)
         # Handed over: a generator that waits at `yield` must not keep a chunk alive.
         handed = [Chunk(samples, length if last else None)]
-        del samples, rest
+        del samples
         yield handed.pop()
         if last:
             return
         start += plan.stride
 
 
-def _split(held: list[Samples], plan: ChunkPlan) -> tuple[Samples, Samples]:
+def _split(held: list[Samples], plan: ChunkPlan) -> tuple[Samples, list[Samples]]:
     """Return the first chunk of what is held, padded with zeros, and what follows its stride."""
-    joined = np.concatenate(held, axis=1)
-    samples = np.zeros((joined.shape[0], plan.chunk), np.float32)
-    part = joined[:, : plan.chunk]
-    samples[:, : part.shape[1]] = part
-    return samples, joined[:, plan.stride :].copy()
+    samples = np.empty((held[0].shape[0], plan.chunk), np.float32)
+    rest: list[Samples] = []
+    start = 0
+    for piece in held:
+        stop = start + piece.shape[1]
+        samples[:, start : min(stop, plan.chunk)] = piece[:, : max(0, plan.chunk - start)]
+        if stop > plan.stride:
+            rest.append(piece[:, max(0, plan.stride - start) :])
+        start = stop
+    samples[:, min(start, plan.chunk) :] = 0
+    return samples, rest
 
 
 class OverlapAdd:
@@ -188,11 +194,13 @@ class OverlapAdd:
         """Add the next chunk of every stem and return what it completes.
 
         Args:
-            outputs: one array [channels, plan.chunk] float32 per stem.
+            outputs: one array [channels, plan.chunk] float32 per stem. Used as scratch if it
+                may be written to, copied otherwise.
             track_samples: for the last chunk, the length of the track; None before.
 
         Returns:
             One block [channels, n] float32 per stem, consecutive to the block before; n may be 0.
+            Views of the outputs, or of their copies.
         """
         plan = self._plan
         shared = plan.chunk - plan.stride
@@ -208,7 +216,9 @@ class OverlapAdd:
         first = max(0, -self._position)
         blocks = []
         for index, output in enumerate(outputs):
-            joined = output * plan.weights if plan.crossfade else output.copy()
+            joined = output if output.flags.writeable else output.copy()
+            if plan.crossfade:
+                joined *= plan.weights
             joined[:, :shared] += self._tails[index]
             self._tails[index] = joined[:, plan.stride :].copy()
             block = joined[:, first:stop]

@@ -16,7 +16,6 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -125,7 +124,7 @@ class _StemFile:
     def _put(self, frames: Samples) -> None:
         if not len(frames):
             return
-        peak = float(np.abs(frames).max())
+        peak = float(max(frames.max(), -frames.min()))
         self.peak = max(self.peak, peak)
         self.energy += float(np.vdot(frames, frames))
         self.frames += len(frames)
@@ -207,12 +206,7 @@ class TrackWriter:
     def __enter__(self) -> TrackWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:

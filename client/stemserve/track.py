@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -35,7 +34,8 @@ from stemserve.result import (
     output_warnings,
 )
 from stemserve.stem_files import Format, StemProperties, TrackWriter
-from stemserve.triton import ServedModel, check_stems, infer_request, read_response
+from stemserve.tensors import InlineTensors, SharedTensors, Tensors, Ticket
+from stemserve.triton import ServedModel, check_stems
 
 Samples = npt.NDArray[np.float32]
 
@@ -75,13 +75,20 @@ class TrackJob:
         folder: destination of the stems.
         served: the model as the server offers it.
         options: how to separate.
+        shared_slots: requests in flight whose samples go through shared memory, to be registered
+            with the server by the caller; 0 for none.
 
     Raises:
         AudioInputError, OutputError, UnknownStemError, SpecError: see each.
     """
 
     def __init__(
-        self, path: Path, folder: Path, served: ServedModel, options: TrackOptions
+        self,
+        path: Path,
+        folder: Path,
+        served: ServedModel,
+        options: TrackOptions,
+        shared_slots: int = 0,
     ) -> None:
         self._started = time.monotonic()
         self._served = served
@@ -114,6 +121,12 @@ class TrackJob:
                     normalize=options.normalize,
                 )
             )
+            self.shared: SharedTensors | None = None
+            self._tensors: Tensors = InlineTensors(served.spec, self.stems)
+            if shared_slots:
+                self.shared = SharedTensors(served.spec, self.stems, shared_slots)
+                stack.callback(self.shared.close)
+                self._tensors = self.shared
             self._joiner = OverlapAdd(self.plan, len(self.stems), served.spec.channels)
             self._chunks = cut(self._mixture(), self.plan)
             self._resources = stack.pop_all()
@@ -121,12 +134,7 @@ class TrackJob:
     def __enter__(self) -> TrackJob:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -140,32 +148,27 @@ class TrackJob:
         length = math.ceil(announced * self._spec.sample_rate / self._reader.properties.sample_rate)
         return len(self.plan.starts(max(1, length)))
 
-    def next_request(self) -> tuple[service_pb2.ModelInferRequest, int | None] | None:
-        """Decode, resample and cut the next chunk; None after the last one.
-
-        Returns:
-            The request to send, and the track's length in samples with the last one.
-        """
+    def next_request(self) -> tuple[service_pb2.ModelInferRequest, Ticket] | None:
+        """Decode, resample and cut the next chunk; None after the last one."""
         chunk = next(self._chunks, None)
         if chunk is None:
             return None
         self._sent += 1
         track = self._folder.name.encode("utf-8", "replace").decode()  # protobuf takes UTF-8 only
         request_id = f"{track}-{self._sent}"
-        request = infer_request(self._spec, chunk.samples, self.stems, request_id)
-        return request, chunk.track_samples
+        return self._tensors.request(chunk.samples, chunk.track_samples, request_id)
 
     def accept(
         self,
         response: service_pb2.ModelInferResponse,
-        track_samples: int | None,
+        ticket: Ticket,
         round_trip_s: float,
     ) -> None:
         """Join and write a chunk's stems; chunks must come in order.
 
         Args:
-            response: the server's answer to the chunk.
-            track_samples: as the chunk said it.
+            response: the server's answer.
+            ticket: of the request that it answers.
             round_trip_s: seconds from sending to having the answer.
 
         Raises:
@@ -174,8 +177,10 @@ class TrackJob:
         self.latency.round_trips_s.append(round_trip_s)
         metrics.CHUNK_SECONDS.labels(self._spec.name).observe(round_trip_s)
         self.model_version = response.model_version
-        outputs = read_response(self._spec, response, self.stems)
-        blocks = self._joiner.add(outputs, track_samples)
+        outputs = self._tensors.receive(response, ticket)
+        blocks = self._joiner.add(outputs, ticket.track_samples)
+        del outputs
+        self._tensors.release(ticket)
         if self._spec.normalization == "track":
             blocks = [block * self._level.scale + self._level.mean for block in blocks]
         self._writer.write(blocks)
@@ -248,6 +253,7 @@ class TrackJob:
             "options": dict(spec.options),
             "stemserve_version": stemserve.__version__,
             "device": self._served.device,
+            "transport": "grpc" if self.shared is None else "shared memory",
             "runtime_seconds": round(runtime_s, 3),
             "x_realtime": round(properties.duration_s / runtime_s, 2),
             "input": {

@@ -42,7 +42,7 @@ CHANNEL_OPTIONS: Final[tuple[tuple[str, Any], ...]] = (
     ("grpc.max_reconnect_backoff_ms", 2000),
 )
 
-_DTYPES: Final[dict[str, type[np.floating[Any]]]] = {"fp32": np.float32, "fp16": np.float16}
+WIRE_DTYPES: Final[dict[str, type[np.floating[Any]]]] = {"fp32": np.float32, "fp16": np.float16}
 _WIRE_NAMES: Final = {"fp32": "FP32", "fp16": "FP16"}
 _OVERLOAD_MARKS: Final = ("exceeds maximum queue size", "request timeout expired")
 
@@ -119,58 +119,85 @@ def check_stems(spec: ModelSpec, stems: Sequence[str] | None) -> tuple[str, ...]
     return tuple(stem for stem in spec.stems if stem in stems)
 
 
+def bare_request(
+    spec: ModelSpec, stems: Sequence[str], request_id: str
+) -> service_pb2.ModelInferRequest:
+    """Build the request for one chunk, but for its samples."""
+    request = service_pb2.ModelInferRequest(model_name=spec.name, id=request_id)
+    tensor = request.inputs.add(name=INPUT_NAME, datatype=_WIRE_NAMES[spec.wire_dtype])
+    tensor.shape.extend((1, *spec.tensor_dims))
+    for stem in stems:
+        request.outputs.add(name=stem)
+    return request
+
+
 def infer_request(
     spec: ModelSpec, chunk: Samples, stems: Sequence[str], request_id: str
 ) -> service_pb2.ModelInferRequest:
     """Build the request for one chunk [channels, chunk_samples] float32."""
-    request = service_pb2.ModelInferRequest(model_name=spec.name, id=request_id)
-    tensor = request.inputs.add(name=INPUT_NAME, datatype=_WIRE_NAMES[spec.wire_dtype])
-    tensor.shape.extend((1, *chunk.shape))
-    for stem in stems:
-        request.outputs.add(name=stem)
-    request.raw_input_contents.append(
-        np.ascontiguousarray(chunk, dtype=_DTYPES[spec.wire_dtype]).tobytes()
-    )
+    request = bare_request(spec, stems, request_id)
+    samples = np.ascontiguousarray(chunk, dtype=WIRE_DTYPES[spec.wire_dtype])
+    request.raw_input_contents.append(samples.tobytes())
     return request
 
 
 def read_response(
     spec: ModelSpec, response: service_pb2.ModelInferResponse, stems: Sequence[str]
 ) -> list[Samples]:
-    """Return one array [channels, chunk_samples] float32 per stem, without copying fp32.
+    """Return one array [channels, chunk_samples] float32 per stem.
 
     Raises:
         InvalidResponseError: a stem is missing, of another shape or dtype, or not finite.
     """
-    wire = _DTYPES[spec.wire_dtype]
-    expected = (1, *spec.tensor_dims)
-    size = int(np.prod(expected)) * np.dtype(wire).itemsize
-    positions = {tensor.name: index for index, tensor in enumerate(response.outputs)}
+    wire = WIRE_DTYPES[spec.wire_dtype]
+    size = int(np.prod(spec.tensor_dims)) * np.dtype(wire).itemsize
     outputs: list[Samples] = []
     for stem in stems:
-        index = positions.get(stem)
-        if index is None or index >= len(response.raw_output_contents):
+        position = output_position(spec, response, stem)
+        contents = response.raw_output_contents
+        raw = contents[position] if position < len(contents) else b""  # a copy, not a view
+        if len(raw) != size:
             raise InvalidResponseError(
-                f"Model '{spec.name}' answered without the stem '{stem}' that was asked for; "
-                "check that server and model are of the same release."
-            )
-        shape = list(response.outputs[index].shape)
-        raw = response.raw_output_contents[index]  # a copy: protobuf hands out no views
-        if tuple(shape) != expected or len(raw) != size:
-            raise InvalidResponseError(
-                f"Model '{spec.name}' answered with {len(raw)} bytes of shape {shape} for "
-                f"'{stem}'; expected {size} bytes of {list(expected)} {spec.wire_dtype}. A server "
-                "environment with numpy 2 does this."
+                f"Model '{spec.name}' answered with {len(raw)} bytes for '{stem}'; expected "
+                f"{size} bytes of {spec.wire_dtype}. A server environment with numpy 2 does this."
             )
         samples = np.frombuffer(raw, dtype=wire).reshape(spec.tensor_dims)
-        samples = samples.astype(np.float32, copy=False)
-        if not np.isfinite(np.vdot(samples, samples)) and not np.isfinite(samples).all():
-            raise InvalidResponseError(
-                f"Model '{spec.name}' answered with NaN or infinite samples in '{stem}'; verify "
-                "the exported model."
-            )
-        outputs.append(samples)
+        outputs.append(checked_samples(spec, stem, samples))
     return outputs
+
+
+def output_position(spec: ModelSpec, response: service_pb2.ModelInferResponse, stem: str) -> int:
+    """Return where a stem is among a response's outputs.
+
+    Raises:
+        InvalidResponseError: it is not there, or of another shape.
+    """
+    expected = [1, *spec.tensor_dims]
+    for position, output in enumerate(response.outputs):
+        if output.name == stem:
+            if list(output.shape) != expected:
+                raise InvalidResponseError(
+                    f"Model '{spec.name}' answered with the shape {list(output.shape)} for "
+                    f"'{stem}'; expected {expected}. Check that server and model are of the same "
+                    "release."
+                )
+            return position
+    raise InvalidResponseError(
+        f"Model '{spec.name}' answered without the stem '{stem}' that was asked for; check that "
+        "server and model are of the same release."
+    )
+
+
+def checked_samples(spec: ModelSpec, stem: str, samples: npt.NDArray[Any]) -> Samples:
+    """Return a stem's samples as float32; raises InvalidResponseError unless all are finite."""
+    samples = samples.astype(np.float32, copy=False)
+    # The sum of squares is finite unless a sample is not (or squares overflow).
+    if not np.isfinite(np.vdot(samples, samples)) and not np.isfinite(samples).all():
+        raise InvalidResponseError(
+            f"Model '{spec.name}' answered with NaN or infinite samples in '{stem}'; verify the "
+            "exported model."
+        )
+    return samples
 
 
 def served_error(error: grpc.RpcError, url: str, *, midway: bool = False) -> ServerError:

@@ -1,5 +1,6 @@
 """``make bench``: prints the figures as a table and writes them to ``build/bench.json``."""
 
+import itertools
 import json
 import os
 import platform
@@ -76,18 +77,32 @@ def main():
             "chunk_seconds": chunk_s,
         }
         with LocalServer(models=[MODEL]) as server:
-            run = lambda: child("client", server.url, six, work / "out")  # noqa: E731
-            ours, theirs, ratio = pair(run, lambda: child("reference", six, work / "reference"))
+            out = itertools.count()  # a fresh folder for each run: replacing files takes time, too
+
+            def client(transport):
+                return child("client", server.url, six, work / str(next(out)), transport)
+
+            ours, theirs, ratio = pair(
+                lambda: client("grpc"), lambda: child("reference", six, work / "reference")
+            )
             figures["six_minutes"] = {
                 "client": ours, "pytorch": theirs, "times_faster": ratio,
                 "x_realtime": 360 / ours["wall_s"],
             }  # fmt: skip
             threads = os.cpu_count()
-            ours, theirs, ratio = pair(run, lambda: child("bare", graph, six, threads))
-            figures["overhead"] = {"client": ours, "bare": theirs, "share": 1 / ratio - 1}
+            for transport in ("shared", "grpc"):
+                ours, theirs, ratio = pair(
+                    lambda transport=transport: client(transport),
+                    lambda: child("bare", graph, six, threads),
+                    runs=5,
+                )
+                share = 1 / ratio - 1
+                figures[f"overhead_{transport}"] = {"client": ours, "bare": theirs, "share": share}
             if "--hour" in sys.argv:
                 hour = tiled(song, work / "hour.wav", 60)
-                figures["hour"] = child("client", server.url, hour, work / "hour", timeout=1800)
+                figures["hour"] = child(
+                    "client", server.url, hour, work / "hour", "grpc", timeout=1800
+                )
             figures["server_peak_rss_mb"] = server.peak_rss_mb()
     report(figures)
     Path("build").mkdir(exist_ok=True)
@@ -111,11 +126,12 @@ def report(figures):
         f"{six['pytorch']['wall_s']:.1f} s, {six['pytorch']['peak_rss_mb']:.0f} MB (PyTorch)",
         f"{six['times_faster']:.2f} x",
     )
-    over = figures["overhead"]
-    table.add_row(
-        "client + Triton over a bare loop", f"{over['client']['wall_s']:.2f} s",
-        f"{over['bare']['wall_s']:.2f} s (ONNX Runtime)", f"{over['share']:+.1%}",
-    )  # fmt: skip
+    for transport, name in (("shared", "shared memory"), ("grpc", "gRPC")):
+        over = figures[f"overhead_{transport}"]
+        table.add_row(
+            f"client + Triton over a bare loop, {name}", f"{over['client']['wall_s']:.2f} s",
+            f"{over['bare']['wall_s']:.2f} s (ONNX Runtime)", f"{over['share']:+.1%}",
+        )  # fmt: skip
     if "hour" in figures:
         hour = figures["hour"]
         table.add_row(

@@ -11,12 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def client(url: str, song: str, out: str) -> Callable[[], None]:
+def client(url: str, song: str, out: str, transport: str) -> Callable[[], None]:
     """The track through the client and a running server, files to files."""
     from stemserve import Separator
 
+    shared = transport == "shared"
+
     def work() -> None:
-        with Separator(url, "spleeter_2stems") as separator:
+        with Separator(url, "spleeter_2stems", shared_memory=shared) as separator:
             separator.separate(song, out)
 
     return work

@@ -227,8 +227,9 @@ def test_the_command_as_a_process(tmp_path):
 class FakeSeparator:
     """Stands in for a connection; fails for files whose name says so."""
 
-    def __init__(self, url, model):
+    def __init__(self, url, model, shared_memory):
         self.url = url
+        assert not shared_memory
 
     def __enter__(self):
         return self
