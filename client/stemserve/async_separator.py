@@ -27,7 +27,7 @@ from stemserve.separator import (
 )
 from stemserve.spec import ModelSpec
 from stemserve.stem_files import Format
-from stemserve.tensors import SharedTensors, Ticket, cannot_share
+from stemserve.tensors import Request, SharedTensors, Ticket, cannot_share
 from stemserve.track import TrackJob, TrackOptions, track_folder
 from stemserve.triton import (
     CHANNEL_OPTIONS,
@@ -67,7 +67,7 @@ class AsyncSeparator:
         self.url = url
         self._model = model
         self._in_flight = in_flight
-        self._slots = in_flight if shared_memory else 0
+        self._slots = in_flight + 1 if shared_memory else 0  # one more is made ready
         self._chunk_timeout_s = chunk_timeout_s
         self._channel: grpc.aio.Channel | None = None
 
@@ -143,14 +143,13 @@ class AsyncSeparator:
         window: deque[InFlight] = deque()
         try:
             while True:
-                while len(window) < self._in_flight and (
-                    following := await _in_thread(job.next_request)
-                ):
+                following = await _in_thread(job.next_request)
+                if following is not None and len(window) < self._in_flight:
                     window.append(self._send(*following))
-                    del following
+                    continue
                 if not window:
                     return
-                await self._take_oldest(job, window)
+                await self._take_turn(job, window, following)
                 if progress is not None:
                     progress(len(job.latency.round_trips_s), job.expected_chunks)
         except grpc.RpcError as error:
@@ -184,15 +183,17 @@ class AsyncSeparator:
                         shared.unregistration(), timeout=CONNECT_TIMEOUT_S
                     )
 
-    # Two methods, so that no local name keeps megabytes alive while the next answer is awaited.
-
     def _send(self, request: service_pb2.ModelInferRequest, ticket: Ticket) -> InFlight:
         call = self._stub.ModelInfer(request, timeout=self._chunk_timeout_s)
         return InFlight(call, self.spec.name, ticket)
 
-    async def _take_oldest(self, job: TrackJob, window: deque[InFlight]) -> None:
-        response = await window[0].call
+    async def _take_turn(
+        self, job: TrackJob, window: deque[InFlight], following: Request | None
+    ) -> None:
+        response = await window[0].call  # a call that fails stays in the window
         oldest = window.popleft()
+        if following is not None:
+            window.append(self._send(*following))
         await _in_thread(job.accept, response, oldest.ticket, oldest.round_trip_s)
 
     async def _look_up(self, model: str | None) -> ServedModel:

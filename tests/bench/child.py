@@ -11,19 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def client(url: str, song: str, out: str, transport: str) -> Callable[[], None]:
-    """The track through the client and a running server, files to files."""
-    from stemserve import Separator
-
-    shared = transport == "shared"
-
-    def work() -> None:
-        with Separator(url, "spleeter_2stems", shared_memory=shared) as separator:
-            separator.separate(song, out)
-
-    return work
-
-
 def reference(song: str, out: str) -> Callable[[], None]:
     """The track through the published algorithm in plain PyTorch, files to files."""
     import soundfile
@@ -96,7 +83,7 @@ def main() -> None:
     """Run one task and report."""
     import resource
 
-    task = {"client": client, "reference": reference, "bare": bare, "eager": eager}[sys.argv[1]]
+    task = {"reference": reference, "bare": bare, "eager": eager}[sys.argv[1]]
     work = task(*sys.argv[2:])
     wall, cpu = time.monotonic(), time.process_time()
     work()
