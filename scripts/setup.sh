@@ -79,7 +79,7 @@ pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 # Only what is downloaded, with its size, and what came of it.
 downloads() { grep -E '^ *(Downloading|Using cached|Processing|Successfully installed|ERROR)' || true; }
 
-if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
+if ! "$venv/bin/python" -W ignore -c 'import torch' 2>/dev/null; then
     index=()
     if "$venv/bin/python" - "$torch_index" <<'EOF'
 import sys, urllib.request
@@ -101,7 +101,7 @@ print(json.load(sys.stdin)["install"][0]["metadata"]["version"])') ||
     fi
     say "Installing PyTorch $chosen"
     pip install "${index[@]}" "$torch" 2>&1 | downloads >&2
-    "$venv/bin/python" -c 'import torch' || fail "PyTorch was not installed; see above."
+    "$venv/bin/python" -W ignore -c 'import torch' || fail "PyTorch was not installed; see above."
 fi
 say "Installing stemserve[$extras]"
 pip install -e ".[$extras]" 2>&1 | downloads >&2

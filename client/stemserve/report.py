@@ -54,7 +54,8 @@ def print_result(console: Console, result: Result, server_peak_rss_mb: float | N
     table.add_row(
         "chunk latency",
         f"p50 {trips['p50']:.0f} ms, p95 {trips['p95']:.0f} ms, p99 {trips['p99']:.0f} ms "
-        f"({metadata['chunks']['count']} chunk(s) of {metadata['chunks']['seconds']:.1f} s)",
+        f"({_count(metadata['chunks']['count'], 'chunk')} of "
+        f"{metadata['chunks']['seconds']:.1f} s)",
     )
     if "queue" in latency:
         table.add_row(
@@ -90,3 +91,7 @@ def print_models(console: Console, url: str, models: Sequence[tuple[str, ServedM
             spec.checkpoint.licence,
         )
     console.print(table)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

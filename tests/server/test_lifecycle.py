@@ -24,52 +24,71 @@ def small_repository(tmp_path):
     return tmp_path / "repository"
 
 
-def traces():
-    """What a server may leave behind: processes, shared memory."""
-    processes = {
-        process.pid
-        for process in psutil.process_iter(["name"])
-        if "triton" in (process.info["name"] or "")
-    }
-    return processes, set(Path("/dev/shm").glob("*stemserve*")) | set(
-        Path("/dev/shm").glob("*triton*")
-    )
+class Traces:
+    """What servers of one repository leave on the machine: processes and shared memory."""
+
+    def __init__(self, repository):
+        self._repository = str(repository)
+        self._prefixes = set()
+
+    def processes(self):
+        """Servers and stubs that are alive, by pid."""
+        found = set()
+        for process in psutil.process_iter(["cmdline", "status"]):
+            command = process.info["cmdline"] or []
+            if "triton" in " ".join(command[:1]) and self._repository in " ".join(command):
+                found.add(process.pid)
+                self._prefixes |= {
+                    part.partition("shm-region-prefix-name=")[2]
+                    for part in command
+                    if "shm-region-prefix-name=" in part
+                }
+        return found
+
+    def regions(self):
+        """Shared memory of the servers that were seen."""
+        return {path for prefix in self._prefixes for path in Path("/dev/shm").glob(f"{prefix}*")}
+
+    def gone_within(self, seconds):
+        deadline = time.monotonic() + seconds
+        while (self.processes() or self.regions()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return not self.processes() and not self.regions()
 
 
-def gone_within(before, seconds):
-    deadline = time.monotonic() + seconds
-    while traces() != before and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return traces() == before
+@pytest.fixture
+def traces(small_repository):
+    return Traces(small_repository)
 
 
-def test_nothing_is_left_behind(small_repository):
-    before = traces()
+def test_nothing_is_left_behind(small_repository, traces):
     with LocalServer(small_repository) as server:
-        processes, shared = traces()
-        assert len(processes - before[0]) >= 2  # the server and its stub
-        assert any("stemserve_" in path.name for path in shared - before[1])
+        assert len(traces.processes()) == 2  # the server and its stub
+        assert traces.regions()
         scratch = server.log.parent
         assert server.peak_rss_mb() > 30
-    assert gone_within(before, 5)
+    assert traces.gone_within(5)
     assert not scratch.exists()
 
 
-def test_a_server_that_was_killed_is_cleaned_up(small_repository):
-    before = traces()
+def test_a_server_that_was_killed_is_cleaned_up(small_repository, traces):
     with LocalServer(small_repository) as server:
+        assert traces.processes()
         os.kill(server.pid, signal.SIGKILL)
-    assert gone_within(before, 10)
+    assert traces.gone_within(10)
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
-def test_serve_command(small_repository, how):
-    before = traces()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "stemserve.cli", "serve", "--repository", str(small_repository),
+def start_serving(repository):
+    return subprocess.Popen(
+        [sys.executable, "-m", "stemserve.cli", "serve", "--repository", str(repository),
          "--grpc-port", "0", "--http-port", "0", "--metrics-port", "0"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_serve_command(small_repository, traces, how):
+    process = start_serving(small_repository)
     try:
         lines = [process.stdout.readline() for _ in range(5)]
         assert lines[0].startswith("Serving identity (process ")
@@ -79,27 +98,21 @@ def test_serve_command(small_repository, how):
             assert reply.status == 200
         with urllib.request.urlopen(metrics, timeout=5) as reply:
             assert b"nv_inference_count" in reply.read()
+        assert traces.processes()
     finally:
         process.send_signal(how)
         process.communicate(timeout=60)
     assert process.returncode == (143 if how == signal.SIGTERM else 130)
-    assert gone_within(before, 5)
+    assert traces.gone_within(5)
 
 
-def test_a_launcher_that_is_killed_takes_the_server_along(small_repository):
-    before = traces()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "stemserve.cli", "serve", "--repository", str(small_repository),
-         "--grpc-port", "0", "--http-port", "0", "--metrics-port", "0"],
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+def test_a_launcher_that_is_killed_takes_the_server_along(small_repository, traces):
+    process = start_serving(small_repository)
     process.stdout.readline()
+    assert traces.processes()
     process.kill()
     process.communicate(timeout=10)
-    deadline = time.monotonic() + 20
-    while traces()[0] != before[0] and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert traces()[0] == before[0]
+    assert traces.gone_within(20)
 
 
 def test_port_taken(small_repository, run_cli):
@@ -123,12 +136,11 @@ def test_missing_weights(small_repository, run_cli):
     assert unnamed.returncode == 43
 
 
-def test_damaged_graph_shows_the_log(small_repository):
-    before = traces()
+def test_damaged_graph_shows_the_log(small_repository, traces):
     (small_repository / "identity" / "1" / "model.onnx").write_bytes(b"no graph")
     with pytest.raises(StartupError, match=r"(?s)ended with status.*starting.*identity"):
         LocalServer(small_repository)
-    assert gone_within(before, 5)
+    assert traces.gone_within(5)
 
 
 def test_numpy_2_is_refused_by_the_backend_itself(small_repository, tmp_path):
