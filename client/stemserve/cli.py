@@ -155,10 +155,12 @@ def separate(
             url = server.url
             shared_memory = shared_memory_has_room()
         separator = stack.enter_context(Separator(url, model, shared_memory=shared_memory))
+        stop = stack.enter_context(_SafeStop())
         for file in files:
+            stop.check()
             shown = sys.stderr.isatty() and not as_json
             try:
-                with progress_bar(file.name, shown=shown) as progress:
+                with progress_bar(file.name, shown=shown, check=stop.check) as progress:
                     result = separator.separate(file, out_dir, progress=progress, **options)
             except StemserveError as error:
                 if len(files) == 1:
@@ -310,6 +312,42 @@ def _local_server(repository: Path | None, model: str | None) -> Iterator[LocalS
         with Console(stderr=True).status("Starting a local Triton server …"):
             server = stack.enter_context(LocalServer(repository, wanted))
         yield server
+
+
+class _SafeStop:
+    """Holds the first SIGINT or SIGTERM back until :meth:`check`; a second one strikes at once.
+
+    An interrupt that strikes while gRPC builds a call can leave its locks in disorder.
+    """
+
+    def __init__(self) -> None:
+        self._pending: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _SafeStop:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            self._before[signum] = signal.signal(signum, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def check(self) -> None:
+        """Raise what a pending signal stands for."""
+        if self._pending is not None:
+            self._raise(self._pending)
+
+    def _note(self, signum: int, _frame: FrameType | None) -> None:
+        if self._pending is not None:
+            self._raise(signum)
+        self._pending = signum
+
+    @staticmethod
+    def _raise(signum: int) -> None:
+        if signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + signum)
 
 
 def _terminate(signum: int, _frame: FrameType | None) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -16,17 +16,24 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def progress_bar(title: str, *, shown: bool) -> Iterator[Any]:
-    """Show chunks done on a terminal; yields the callback that :class:`Separator` takes."""
-    if not shown:
-        yield None
-        return
+def progress_bar(
+    title: str, *, shown: bool, check: Callable[[], None]
+) -> Iterator[Callable[[int, int], None]]:
+    """Show chunks done on a terminal; yields the callback that :class:`Separator` takes.
+
+    Args:
+        title: what is shown before the bar.
+        shown: whether there is a bar at all.
+        check: called after each chunk; may raise to stop.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"),
                TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
         task = progress.add_task(title, total=None)
 
         def update(done: int, expected: int) -> None:
+            check()
             progress.update(task, completed=done, total=max(done, expected))
 
         yield update

@@ -242,7 +242,7 @@ class Separator:
             while True:
                 following = job.next_request()
                 if following is not None and len(window) < self._in_flight:
-                    window.append(self._send(*following))
+                    self._send(job, window, following)
                     continue
                 if not window:
                     return
@@ -278,9 +278,14 @@ class Separator:
                         shared.unregistration(), timeout=CONNECT_TIMEOUT_S
                     )
 
-    def _send(self, request: service_pb2.ModelInferRequest, ticket: Ticket) -> InFlight:
+    def _send(self, job: TrackJob, window: deque[InFlight], following: Request) -> None:
+        request, ticket = following
+        if job.shared is not None:  # an interrupt may leave a call that no window knows of
+            job.shared.in_doubt = True
         call = self._stub.ModelInfer.future(request, timeout=self._chunk_timeout_s)
-        return InFlight(call, self.spec.name, ticket)
+        window.append(InFlight(call, self.spec.name, ticket))
+        if job.shared is not None:
+            job.shared.in_doubt = False
 
     def _take_turn(self, job: TrackJob, window: deque[InFlight], following: Request | None) -> None:
         """Await the oldest answer, send the next chunk, and only then work on the answer.
@@ -290,7 +295,7 @@ class Separator:
         response = window[0].call.result()  # a call that fails stays in the window
         oldest = window.popleft()
         if following is not None:
-            window.append(self._send(*following))
+            self._send(job, window, following)
         job.accept(response, oldest.ticket, oldest.round_trip_s)
 
     def _look_up(self, model: str | None) -> ServedModel:

@@ -300,7 +300,7 @@ def test_a_commit_that_cannot_replace_one_stem_replaces_none(write_track, folder
 
 def test_nothing_is_left_if_a_stem_cannot_be_opened(folder, monkeypatch):
     opened = []
-    original = soundfile.SoundFile
+    original = stem_files._Encoder
 
     def second_fails(*arguments, **options):
         if opened:
@@ -308,7 +308,7 @@ def test_nothing_is_left_if_a_stem_cannot_be_opened(folder, monkeypatch):
         opened.append(original(*arguments, **options))
         return opened[0]
 
-    monkeypatch.setattr(soundfile, "SoundFile", second_fails)
+    monkeypatch.setattr(stem_files, "_Encoder", second_fails)
     with pytest.raises(OutputError, match="Too many open files"):
         writer(folder)
     assert below(folder.parent) == []
