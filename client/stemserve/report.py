@@ -82,9 +82,8 @@ def print_result(console: Console, result: Result, server_peak_rss_mb: float | N
 def print_models(console: Console, url: str, models: Sequence[tuple[str, ServedModel]]) -> None:
     """Print the models of a server that carry a spec."""
     table = Table(title=f"Models at {url}", title_justify="left")
-    table.add_column("model", no_wrap=True)
-    for column in ("version", "stems", "chunk", "dtype", "batch", "device", "licence"):
-        table.add_column(column, overflow="fold")
+    for column in ("model", "version", "stems", "chunk", "device", "licence"):
+        table.add_column(column, no_wrap=column in ("model", "version", "device"))
     for version, model in models:
         spec = model.spec
         table.add_row(
@@ -92,8 +91,6 @@ def print_models(console: Console, url: str, models: Sequence[tuple[str, ServedM
             version,
             ", ".join(spec.stems),
             f"{spec.chunk_samples / spec.sample_rate:.2f} s",
-            spec.wire_dtype,
-            str(spec.max_batch_size),
             model.device,
             spec.checkpoint.licence,
         )
