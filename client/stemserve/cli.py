@@ -347,7 +347,7 @@ class _SafeStop:
     def _raise(signum: int) -> None:
         if signum == signal.SIGINT:
             raise KeyboardInterrupt
-        raise SystemExit(128 + signum)
+        _terminate(signum, None)
 
 
 def _terminate(signum: int, _frame: FrameType | None) -> None:

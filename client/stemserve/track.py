@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ class TrackJob:
         """Close all files; remove what was written unless :meth:`finish` has moved it."""
         self._resources.close()
 
-    @property
+    @cached_property
     def expected_chunks(self) -> int:
         """Number of chunks by the header's length (for progress)."""
         announced = self._reader.announced_frames
