@@ -105,6 +105,10 @@ print(json.load(sys.stdin)["install"][0]["metadata"]["version"])') ||
 fi
 say "Installing stemserve[$extras]"
 pip install -e ".[$extras]" 2>&1 | downloads >&2
+if [[ ,$extras, == *,dev,* ]]; then
+    # What the tests compare with. Their own requirements would bring torchaudio and a CUDA torch.
+    pip install --no-deps "demucs==4.1.0" "openunmix==1.3.0" 2>&1 | downloads >&2
+fi
 "$venv/bin/python" -c 'import stemserve' || fail "stemserve was not installed; see above."
 printf '%s' "$digest:$PWD" >"$stamp"
 say "Environment: $venv ($(du -sh "$venv" | cut -f1))"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from stemserve.spec import Checkpoint, ModelSpec
+from stemserve.spec import Checkpoint, CheckpointFile, ModelSpec
 
 
 @pytest.fixture(scope="session")
@@ -27,12 +27,19 @@ def make_spec():
             "chunk_samples": 64,
             "edge_samples": 0,
             "lead_samples": 0,
+            "tail": "padded",
             "overlap": 0.25,
             "window": "triangle",
             "normalization": "none",
             "wire_dtype": "fp32",
+            "precision": "fp32",
             "max_batch_size": 8,
-            "checkpoint": Checkpoint("file:///w.ckpt", "0" * 64, "MIT", "a catalogue, “quoted”"),
+            "checkpoint": Checkpoint(
+                (CheckpointFile("file:///w.ckpt", "0" * 64),),
+                "MIT",
+                "allowed",
+                "a catalogue, “quoted”",
+            ),
             "options": {"mask_extension": "average", "a": "b=c"},
         }
         return ModelSpec(**{**fields, **changes})

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
-from tritonclient.grpc import service_pb2
+from tritonclient.grpc import model_config_pb2, service_pb2
 
 from stemserve.result import Result
 from stemserve.separator import (
@@ -36,6 +36,7 @@ from stemserve.triton import (
     ServerTimes,
     Stub,
     default_model,
+    first_step,
     model_missing,
     served_error,
     served_model,
@@ -109,13 +110,17 @@ class AsyncSeparator:
         sample_rate: int | None = None,
         normalize: bool = False,
         overlap: float | None = None,
+        shifts: int = 0,
+        shift_seed: int = 0,
         progress: Progress | None = None,
     ) -> Result:
         """Separate one file; as :meth:`stemserve.Separator.separate`.
 
         Cancelling the task cancels what is in flight and leaves no file behind.
         """
-        options = TrackOptions(stems, file_format, sample_rate, normalize, overlap)
+        options = TrackOptions(
+            stems, file_format, sample_rate, normalize, overlap, shifts, shift_seed
+        )
         source = Path(path)
         with counted_failures(self.spec.name):
             job = await self._open(source, track_folder(source, Path(out_dir)), options)
@@ -199,18 +204,22 @@ class AsyncSeparator:
     async def _look_up(self, model: str | None) -> ServedModel:
         try:
             if model is None:
-                model = default_model(self.url, await self._list_ready())
+                ready = [await self._config_of(name) for name in await self._list_ready()]
+                model = default_model(self.url, ready)
             try:
-                reply = await self._stub.ModelConfig(
-                    service_pb2.ModelConfigRequest(name=model), timeout=CONNECT_TIMEOUT_S
-                )
+                config = await self._config_of(model)
             except grpc.RpcError as error:
                 if error.code() != grpc.StatusCode.NOT_FOUND:
                     raise
                 raise model_missing(self.url, model, await self._list_ready()) from None
+            step = first_step(config)
+            return served_model(config, await self._config_of(step) if step else None)
         except grpc.RpcError as error:
             raise served_error(error, self.url) from None
-        return served_model(reply.config)
+
+    async def _config_of(self, model: str) -> model_config_pb2.ModelConfig:
+        request = service_pb2.ModelConfigRequest(name=model)
+        return (await self._stub.ModelConfig(request, timeout=CONNECT_TIMEOUT_S)).config
 
     async def _list_ready(self) -> list[str]:
         request = service_pb2.RepositoryIndexRequest(ready=True)

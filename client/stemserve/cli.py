@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import signal
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
 
 import stemserve
 from stemserve.errors import OutputError, SpecError, StemserveError
+from stemserve.process import SafeStop, reuse_freed_chunks, terminate
 
 if TYPE_CHECKING:
     from stemserve.result import Result
-    from stemserve.server import LocalServer
 
 _PLUGIN_GROUP = "stemserve.commands"
 
@@ -95,6 +92,14 @@ def cli() -> None:
     help="Share of a chunk in common with the next, e.g. 0.25. [default: the model's]",
 )
 @click.option(
+    "--shifts",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
+    help="Average over N passes with random delays: better, and N times the work.",
+)
+@click.option("--shift-seed", type=int, default=0, metavar="SEED", help="Seed of the delays.")
+@click.option(
     "--repository",
     type=click.Path(path_type=Path),
     metavar="DIR",
@@ -119,6 +124,8 @@ def separate(
     sample_rate: str | None,
     normalize: bool,
     overlap: float | None,
+    shifts: int,
+    shift_seed: int,
     repository: Path | None,
     shared_memory: bool,
     as_json: bool,
@@ -133,6 +140,7 @@ def separate(
     from stemserve.audio import AudioReader
     from stemserve.report import print_result, progress_bar
     from stemserve.separator import Separator
+    from stemserve.server import embedded_server
     from stemserve.tensors import shared_memory_has_room
 
     _check_track_names(files, out_dir)
@@ -145,17 +153,19 @@ def separate(
         "sample_rate": None if sample_rate is None else int(sample_rate),
         "normalize": normalize,
         "overlap": overlap,
+        "shifts": shifts,
+        "shift_seed": shift_seed,
     }
     done: list[Result] = []
     failures: list[StemserveError] = []
     with contextlib.ExitStack() as stack:
         server = None
         if url is None:
-            server = stack.enter_context(_local_server(repository, model))
+            server = stack.enter_context(embedded_server(repository, model))
             url = server.url
             shared_memory = shared_memory_has_room()
         separator = stack.enter_context(Separator(url, model, shared_memory=shared_memory))
-        stop = stack.enter_context(_SafeStop())
+        stop = stack.enter_context(SafeStop())
         for file in files:
             stop.check()
             shown = sys.stderr.isatty() and not as_json
@@ -221,6 +231,7 @@ def serve(
     """Serve the repository with a local tritonserver until Ctrl-C or SIGTERM."""
     from stemserve.errors import ServerLostError
     from stemserve.server import LocalServer
+    from stemserve.verification import verification_warning
 
     with LocalServer(
         repository,
@@ -232,6 +243,9 @@ def serve(
         startup_deadline_s=startup_deadline,
         log=log,
     ) as server:
+        for name in server.models:
+            if (warning := verification_warning(server.repository, name)) is not None:
+                click.echo(f"Warning: {warning}", err=True)
         click.echo(f"Serving {', '.join(server.models)} (process {server.pid})")
         click.echo(f"  gRPC    {server.url}")
         click.echo(f"  HTTP    http://{host}:{server.http_port}")
@@ -301,79 +315,10 @@ def _check_track_names(files: tuple[Path, ...], out_dir: Path) -> None:
         )
 
 
-@contextlib.contextmanager
-def _local_server(repository: Path | None, model: str | None) -> Iterator[LocalServer]:
-    from rich.console import Console
-
-    from stemserve.server import LocalServer
-
-    wanted = [] if model is None else [model]
-    with contextlib.ExitStack() as stack:
-        with Console(stderr=True).status("Starting a local Triton server …"):
-            server = stack.enter_context(LocalServer(repository, wanted))
-        yield server
-
-
-class _SafeStop:
-    """Holds the first SIGINT or SIGTERM back until :meth:`check`; a second one strikes at once.
-
-    An interrupt that strikes while gRPC builds a call can leave its locks in disorder.
-    """
-
-    def __init__(self) -> None:
-        self._pending: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _SafeStop:
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            self._before[signum] = signal.signal(signum, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
-
-    def check(self) -> None:
-        """Raise what a pending signal stands for."""
-        if self._pending is not None:
-            self._raise(self._pending)
-
-    def _note(self, signum: int, _frame: FrameType | None) -> None:
-        if self._pending is not None:
-            self._raise(signum)
-        self._pending = signum
-
-    @staticmethod
-    def _raise(signum: int) -> None:
-        if signum == signal.SIGINT:
-            raise KeyboardInterrupt
-        _terminate(signum, None)
-
-
-def _terminate(signum: int, _frame: FrameType | None) -> None:
-    # Unwinds the stack, so that servers are stopped and partial files removed.
-    raise SystemExit(128 + signum)
-
-
-def _reuse_freed_chunks() -> None:
-    """Have glibc reuse the memory of freed chunks of audio, instead of keeping some per thread.
-
-    Chunks are 4 to 12 MB and pass through gRPC's threads: one common heap, and no mapping of its
-    own for each, measured best of six settings in both peak memory (185 against 266 MB) and page
-    faults. A no-op where the C library has no mallopt.
-    """
-    m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8  # malloc.h
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(m_arena_max, 1)
-        libc.mallopt(m_mmap_threshold, 32 << 20)
-        libc.mallopt(m_trim_threshold, 64 << 20)
-
-
 def main() -> None:
     """Run the command line; errors become a sentence on stderr and an exit status."""
-    signal.signal(signal.SIGTERM, _terminate)
-    _reuse_freed_chunks()
+    signal.signal(signal.SIGTERM, terminate)
+    reuse_freed_chunks()
     try:
         cli.main(standalone_mode=False)
     except click.ClickException as error:

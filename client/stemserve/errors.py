@@ -225,7 +225,34 @@ class CheckpointError(ExportError):
     exit_code = 54
 
 
+class LicenceError(ExportError):
+    """The licence of the weights was not accepted."""
+
+    exit_code = 55
+
+
+class GateError(ExportError):
+    """An artefact does not do what its checkpoint does, within what its family allows."""
+
+    exit_code = 56
+
+
 class MissingExtraError(StemserveError):
     """A subcommand needs packages of an extra that is not installed."""
 
     exit_code = 60
+
+
+# --- the evaluation (70-79) -----------------------------------------------------------------
+
+
+class RegressionError(StemserveError):
+    """A score is lower than the baseline's by more than the tolerance."""
+
+    exit_code = 70
+
+
+class EvaluationDataError(StemserveError):
+    """References, estimates or a baseline that cannot be compared with each other."""
+
+    exit_code = 71

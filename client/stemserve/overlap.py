@@ -10,7 +10,9 @@ Two ways of joining chunks, both exact for a model that changes nothing:
   ``demucs.apply.apply_model`` does.
 
 Positions are samples of the track; a chunk may start before 0 or end after the track, where it
-is filled with zeros.
+is filled with zeros. A chunk that reaches beyond the track's end is either filled up with zeros
+(``padded``) or moved back so that what is left of the track lies in its middle, with the track's
+own samples before it (``centred``); its output is cropped accordingly.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ class ChunkPlan:
         lead: samples before the track at which the first chunk starts.
         edge: samples at each end of a chunk's output that are partial sums.
         crossfade: whether overlapping outputs are averaged (True) or added (False).
+        centred: whether a chunk that reaches beyond the track is moved back (True) or padded.
     """
 
     chunk: int
@@ -48,6 +51,7 @@ class ChunkPlan:
     lead: int
     edge: int
     crossfade: bool
+    centred: bool = False
 
     @classmethod
     def from_spec(cls, spec: ModelSpec, overlap: float | None = None) -> ChunkPlan:
@@ -65,8 +69,9 @@ class ChunkPlan:
         if not 0 <= share < 1:
             raise SpecError(f"overlap must be at least 0 and below 1, got {share}.")
         chunk, edge = spec.chunk_samples, spec.edge_samples
+        centred = spec.tail == "centred"
         if share == 0:
-            return cls(chunk, chunk - edge, spec.lead_samples, edge, crossfade=False)
+            return cls(chunk, chunk - edge, spec.lead_samples, edge, False, centred)
         stride = int((1 - share) * chunk)  # demucs.apply: stride = int((1 - overlap) * segment)
         if stride < 1 or chunk - stride <= 2 * edge:
             raise SpecError(
@@ -74,18 +79,32 @@ class ChunkPlan:
                 f"'{spec.name}': its chunks of {chunk} samples need 0, or more than "
                 f"{2 * edge / chunk:.4f} and at most {1 - 1 / chunk:.6f}."
             )
-        return cls(chunk, stride, spec.lead_samples, edge, crossfade=True)
+        return cls(chunk, stride, spec.lead_samples, edge, True, centred)
 
     def starts(self, length: int) -> list[int]:
         """Return the start of every chunk of a track of ``length`` samples."""
         starts = [-self.lead]
-        while not self.completes(starts[-1], length):
+        while not self.is_last(starts[-1], length):
             starts.append(starts[-1] + self.stride)
         return starts
 
-    def completes(self, start: int, length: int) -> bool:
-        """Tell whether the chunk at ``start`` completes a track of ``length`` samples."""
+    def is_last(self, start: int, length: int) -> bool:
+        """Tell whether the chunk at ``start`` is the last of a track of ``length`` samples.
+
+        Padded: the first that completes the track. Centred: the last that starts inside it, as
+        ``demucs.apply`` has it: ``for offset in range(0, length, stride)``.
+        """
+        if self.centred:
+            return start + self.stride >= length
         return start + self.chunk - self.edge >= length
+
+    def moved_back(self, start: int, length: int) -> int:
+        """Return by how many samples the chunk at ``start`` is moved back into the track.
+
+        Source: demucs/apply.py, ``TensorChunk.padded`` and ``center_trim``: half of what is
+        missing, rounded down.
+        """
+        return max(0, self.chunk - (length - start)) // 2 if self.centred else 0
 
     @cached_property
     def weights(self) -> Samples:
@@ -108,7 +127,7 @@ class Chunk(NamedTuple):
 
     Attributes:
         samples: [channels, plan.chunk] float32, fresh and contiguous; zeros outside the track.
-        track_samples: length of the track if this is its last chunk, None before.
+        track_samples: length of the track if it ends in this chunk, None before.
     """
 
     samples: Samples
@@ -126,50 +145,69 @@ def cut(blocks: Iterable[Samples], plan: ChunkPlan) -> Iterator[Chunk]:
         The chunks in order; none for a track without samples. Holds one chunk and one block.
     """
     source = iter(blocks)
-    held: list[Samples] = []  # consecutive, from position `start` on, as far as read
-    held_samples = length = 0
+    held = _Held(reach=plan.chunk // 2 if plan.centred else 0)
     start = -plan.lead
     ended = False
     while True:
         # One sample more than the chunk tells whether the track goes on.
-        while not ended and held_samples <= plan.chunk:
+        while not ended and (held.stop == 0 or held.stop <= start + plan.chunk):
             block = next(source, None)
             if block is None:
                 ended = True
-                continue
-            if not held:
-                held.append(np.zeros((block.shape[0], plan.lead), np.float32))
-                held_samples += plan.lead
-            held.append(block)
-            held_samples += block.shape[1]
-            length += block.shape[1]
-        if length == 0:
+            else:
+                held.append(block)
+        if held.stop == 0:
             return
-        last = ended and plan.completes(start, length)
-        samples, held = _split(held, plan)
-        held_samples = max(0, held_samples - plan.stride)
+        last = ended and plan.is_last(start, held.stop)
+        ends = last or (plan.centred and ended and start + plan.chunk > held.stop)
+        begin = start - (plan.moved_back(start, held.stop) if ends else 0)
         # Handed over: a generator that waits at `yield` must not keep a chunk alive.
-        handed = [Chunk(samples, length if last else None)]
-        del samples
+        handed = [Chunk(held.read(begin, plan.chunk), held.stop if ends else None)]
+        start += plan.stride
+        held.forget(start)
         yield handed.pop()
         if last:
             return
-        start += plan.stride
 
 
-def _split(held: list[Samples], plan: ChunkPlan) -> tuple[Samples, list[Samples]]:
-    """Return the first chunk of what is held, padded with zeros, and what follows its stride."""
-    samples = np.empty((held[0].shape[0], plan.chunk), np.float32)
-    rest: list[Samples] = []
-    start = 0
-    for piece in held:
-        stop = start + piece.shape[1]
-        samples[:, start : min(stop, plan.chunk)] = piece[:, : max(0, plan.chunk - start)]
-        if stop > plan.stride:
-            rest.append(piece[:, max(0, plan.stride - start) :])
-        start = stop
-    samples[:, min(start, plan.chunk) :] = 0
-    return samples, rest
+class _Held:
+    """The part of a track that chunks to come still need.
+
+    Args:
+        reach: samples before a chunk's start that it may need.
+    """
+
+    def __init__(self, reach: int) -> None:
+        self._reach = reach
+        self._pieces: list[Samples] = []  # consecutive
+        self._first = 0  # position of the first piece
+        self.stop = 0  # position behind the last
+
+    def append(self, block: Samples) -> None:
+        self._pieces.append(block)
+        self.stop += block.shape[1]
+
+    def read(self, begin: int, count: int) -> Samples:
+        """Return ``count`` samples from position ``begin``, zeros outside the track."""
+        samples = np.empty((self._pieces[0].shape[0], count), np.float32)
+        filled = max(0, -begin)
+        samples[:, : min(filled, count)] = 0
+        start = self._first - begin
+        for piece in self._pieces:
+            stop = start + piece.shape[1]
+            if stop > filled and start < count:
+                samples[:, max(start, filled) : min(stop, count)] = piece[
+                    :, max(0, filled - start) : count - start
+                ]
+            start = stop
+        samples[:, max(0, min(start, count)) :] = 0
+        return samples
+
+    def forget(self, start: int) -> None:
+        """Drop what no chunk that starts at ``start`` or later needs."""
+        needed = start - self._reach
+        while len(self._pieces) > 1 and self._first + self._pieces[0].shape[1] <= needed:
+            self._first += self._pieces.pop(0).shape[1]
 
 
 class OverlapAdd:
@@ -196,30 +234,35 @@ class OverlapAdd:
         Args:
             outputs: one array [channels, plan.chunk] float32 per stem. Used as scratch if it
                 may be written to, copied otherwise.
-            track_samples: for the last chunk, the length of the track; None before.
+            track_samples: the length of the track if it ends in this chunk; None before.
 
         Returns:
             One block [channels, n] float32 per stem, consecutive to the block before; n may be 0.
             Views of the outputs, or of their copies.
         """
         plan = self._plan
-        shared = plan.chunk - plan.stride
-        stop = plan.stride
+        position = self._position
+        kept, moved, stop = plan.chunk, 0, plan.stride
         if track_samples is not None:
-            stop = min(plan.chunk, track_samples - self._position)
+            kept = min(plan.chunk, track_samples - position)
+            moved = plan.moved_back(position, track_samples)
+            if plan.is_last(position, track_samples):
+                stop = kept
+        first = max(0, -position)
+        shared = min(self._tail_weight.size, kept)
         if plan.crossfade:
-            total = plan.weights.copy()
-            total[:shared] += self._tail_weight
-            self._tail_weight = total[plan.stride :]
+            total = plan.weights[:kept].copy()
+            total[:shared] += self._tail_weight[:shared]
             # 0 only on partial edges that lie outside the track.
             scale = 1 / np.maximum(total[:stop], np.finfo(np.float32).tiny)
-        first = max(0, -self._position)
+            self._tail_weight = total[plan.stride :]
         blocks = []
         for index, output in enumerate(outputs):
             joined = output if output.flags.writeable else output.copy()
+            joined = joined[:, moved : moved + kept]
             if plan.crossfade:
-                joined *= plan.weights
-            joined[:, :shared] += self._tails[index]
+                joined *= plan.weights[:kept]
+            joined[:, :shared] += self._tails[index][:, :shared]
             self._tails[index] = joined[:, plan.stride :].copy()
             block = joined[:, first:stop]
             if plan.crossfade:

@@ -43,8 +43,24 @@ def exported_models(repository: Path) -> list[str]:
 
 
 def _is_exported(repository: Path, name: str) -> bool:
+    joined = _joined_models(repository, name)
+    if joined:
+        # An ensemble of ensembles is none of ours, and one that joins itself would have no end.
+        described = described_models(repository)
+        return any(path.name.isdigit() for path in (repository / name).glob("*/")) and all(
+            part in described
+            and not _joined_models(repository, part)
+            and _is_exported(repository, part)
+            for part in joined
+        )
     file = model_file(repository, name)
     return any(path.parent.name.isdigit() for path in (repository / name).glob(f"*/{file}"))
+
+
+def _joined_models(repository: Path, name: str) -> list[str]:
+    """Return the specialists that an ensemble joins; none for a model of its own."""
+    steps = read_config(repository, name).ensemble_scheduling.step
+    return [str(step.model_name) for step in steps]
 
 
 def model_file(repository: Path, name: str) -> str:
@@ -89,6 +105,12 @@ def models_to_serve(repository: Path, names: Sequence[str]) -> list[str]:
     for name in names:  # others may be broken
         if not _is_exported(repository, name):
             file = model_file(repository, name)
+            joined = ", ".join(_joined_models(repository, name))
+            if joined:
+                raise ModelFileMissingError(
+                    f"Model '{name}' joins {joined}, and not all of them are built in "
+                    f"'{repository}'. Build them with `stemserve export {name}`."
+                )
             raise ModelFileMissingError(
                 f"Model '{name}' has no weights: '{repository}/{name}/<version>/{file}' is "
                 f"missing. Build it with `stemserve export {name}`."

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import grpc
-from tritonclient.grpc import service_pb2
+from tritonclient.grpc import model_config_pb2, service_pb2
 
 from stemserve import metrics
 from stemserve.errors import SpecError, StemserveError
@@ -28,6 +28,7 @@ from stemserve.triton import (
     ServerTimes,
     Stub,
     default_model,
+    first_step,
     model_missing,
     served_error,
     served_model,
@@ -78,6 +79,11 @@ class InFlight:
         return (self.done_s or time.monotonic()) - self.sent_s
 
 
+def _config_of(stub: Stub, model: str) -> model_config_pb2.ModelConfig:
+    request = service_pb2.ModelConfigRequest(name=model)
+    return stub.ModelConfig(request, timeout=CONNECT_TIMEOUT_S).config
+
+
 def served_models(url: str) -> list[tuple[str, str, ServedModel | SpecError]]:
     """Return name, version and description of every model that is ready on a server.
 
@@ -91,10 +97,11 @@ def served_models(url: str) -> list[tuple[str, str, ServedModel | SpecError]]:
         stub = Stub(channel)
         try:
             for name, version in sorted(_list_ready(stub).items()):
-                request = service_pb2.ModelConfigRequest(name=name)
-                reply = stub.ModelConfig(request, timeout=CONNECT_TIMEOUT_S)
+                config = _config_of(stub, name)
+                step = first_step(config)
+                placed = _config_of(stub, step) if step else None
                 try:
-                    found.append((name, version, served_model(reply.config)))
+                    found.append((name, version, served_model(config, placed)))
                 except SpecError as error:
                     found.append((name, version, error))
         except grpc.RpcError as error:
@@ -201,6 +208,8 @@ class Separator:
         sample_rate: int | None = None,
         normalize: bool = False,
         overlap: float | None = None,
+        shifts: int = 0,
+        shift_seed: int = 0,
         progress: Progress | None = None,
     ) -> Result:
         """Separate one file into ``out_dir/<track>/<stem>.<ext>`` and ``metadata.json``.
@@ -215,6 +224,9 @@ class Separator:
             normalize: one gain for all stems such that the loudest peaks at -1 dBFS.
             overlap: share of a chunk in common with its neighbour, in [0, 1); the model's default
                 for None.
+            shifts: passes with random delays of up to 0.5 s to average over, each of which costs as
+                much as one without; 0 for one pass without delay.
+            shift_seed: seed of the delays.
             progress: called with (chunks done, chunks expected) after each chunk.
 
         Raises:
@@ -222,7 +234,9 @@ class Separator:
             OutputError: the stems cannot be written.
             ServerError: the server is lost, overloaded, or answers wrongly.
         """
-        options = TrackOptions(stems, file_format, sample_rate, normalize, overlap)
+        options = TrackOptions(
+            stems, file_format, sample_rate, normalize, overlap, shifts, shift_seed
+        )
         source = Path(path)
         with (
             counted_failures(self.spec.name),
@@ -301,18 +315,18 @@ class Separator:
     def _look_up(self, model: str | None) -> ServedModel:
         try:
             if model is None:
-                model = default_model(self.url, sorted(_list_ready(self._stub)))
+                ready = [_config_of(self._stub, name) for name in _list_ready(self._stub)]
+                model = default_model(self.url, ready)
             try:
-                reply = self._stub.ModelConfig(
-                    service_pb2.ModelConfigRequest(name=model), timeout=CONNECT_TIMEOUT_S
-                )
+                config = _config_of(self._stub, model)
             except grpc.RpcError as error:
                 if error.code() != grpc.StatusCode.NOT_FOUND:
                     raise
                 raise model_missing(self.url, model, sorted(_list_ready(self._stub))) from None
+            step = first_step(config)
+            return served_model(config, _config_of(self._stub, step) if step else None)
         except grpc.RpcError as error:
             raise served_error(error, self.url) from None
-        return served_model(reply.config)
 
     def _server_times(self) -> ServerTimes | None:
         try:

@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -198,6 +198,18 @@ class LocalServer:
             lines = self.log.read_text(errors="replace").splitlines()
             return "\n".join(f"  {line}" for line in lines[-_LOG_TAIL_LINES:])
         return "  (no log)"
+
+
+@contextlib.contextmanager
+def embedded_server(repository: Path | None, model: str | None) -> Iterator[LocalServer]:
+    """Serve one model, or all that are exported, for the time of a command; tells the user."""
+    from rich.console import Console
+
+    wanted = [] if model is None else [model]
+    with contextlib.ExitStack() as stack:
+        with Console(stderr=True).status("Starting a local Triton server …"):
+            server = stack.enter_context(LocalServer(repository, wanted))
+        yield server
 
 
 def _endpoint(name: str, host: str, port: int | None) -> list[str]:

@@ -9,7 +9,6 @@ the rest travels in the configuration's ``parameters`` under the prefix ``stemse
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
@@ -27,24 +26,40 @@ Domain = Literal["mask", "hybrid"]
 Window = Literal["triangle"]
 Normalization = Literal["none", "track"]
 WireDtype = Literal["fp32", "fp16"]
+Precision = Literal["fp32", "fp16"]
+Tail = Literal["padded", "centred"]
+CommercialUse = Literal["allowed", "forbidden", "unknown"]
 
 _TRITON_DTYPES: Final[dict[str, WireDtype]] = {"TYPE_FP32": "fp32", "TYPE_FP16": "fp16"}
 
 
 @dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """Where the weights come from.
+class CheckpointFile:
+    """A published file of weights.
 
     Attributes:
-        source: URI of the published file (``https:``, ``pypi:`` or ``file:``).
-        sha256: hex digest of that file, 64 characters.
-        licence: SPDX identifier of the licence of the weights, or its published name.
-        training_data: what the weights were trained on, as published.
+        source: URI (``https:``, ``pypi:`` or ``file:``), without white space.
+        sha256: hex digest of the file, 64 characters.
     """
 
     source: str
     sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Where the weights come from, and what may be done with them.
+
+    Attributes:
+        files: the files that the graph was built from.
+        licence: SPDX identifier of the licence of the weights, or its published name.
+        commercial_use: what that licence says of it.
+        training_data: what the weights were trained on, as published.
+    """
+
+    files: tuple[CheckpointFile, ...]
     licence: str
+    commercial_use: CommercialUse
     training_data: str
 
 
@@ -68,12 +83,16 @@ class ModelSpec:
             complete only when the neighbouring chunk's partial sums are added. 0 for a model
             whose output is complete everywhere.
         lead_samples: zeros that the published framing puts in front of a track.
+        tail: what fills a chunk that reaches beyond the track. ``padded``: zeros behind it.
+            ``centred``: the chunk's samples lie in its middle, with what precedes them in the
+            track on the left, as ``demucs.apply`` has it.
         overlap: default share of a chunk that is shared with its neighbour, in [0, 1). 0 with
             ``edge_samples`` > 0 is the published framing: chunks share just their edges.
         window: weight of a chunk's samples where overlapping chunks are crossfaded.
         normalization: ``track`` if the whole track's mean and standard deviation must be
             measured and removed first, ``none`` otherwise.
         wire_dtype: dtype of the tensors that travel.
+        precision: dtype that the graph's core computes in.
         max_batch_size: largest batch that the server forms.
         checkpoint: the weights' origin.
         options: choices that the graph was built with (``mask_extension`` and the like).
@@ -89,10 +108,12 @@ class ModelSpec:
     chunk_samples: int
     edge_samples: int
     lead_samples: int
+    tail: Tail
     overlap: float
     window: Window
     normalization: Normalization
     wire_dtype: WireDtype
+    precision: Precision
     max_batch_size: int
     checkpoint: Checkpoint
     options: dict[str, str] = field(default_factory=dict)
@@ -123,18 +144,39 @@ class ModelSpec:
                 f"lead_samples ({self.lead_samples}) must cover edge_samples "
                 f"({self.edge_samples}), or the start of every track would be a partial sum"
             )
+        if self.tail == "centred" and self.lead_samples:
+            problems.append("lead_samples must be 0 where the tail is centred")
         if not 0 <= self.overlap < 1:
             problems.append(f"overlap must lie in [0, 1), got {self.overlap}")
         for name, allowed in (
             ("domain", get_args(Domain)),
+            ("tail", get_args(Tail)),
             ("window", get_args(Window)),
             ("normalization", get_args(Normalization)),
             ("wire_dtype", get_args(WireDtype)),
+            ("precision", get_args(Precision)),
         ):
             if getattr(self, name) not in allowed:
                 problems.append(
                     f"{name} must be one of {', '.join(allowed)}, got '{getattr(self, name)}'"
                 )
+        problems += self._checkpoint_problems()
+        return problems
+
+    def _checkpoint_problems(self) -> list[str]:
+        problems = []
+        if not self.checkpoint.files:
+            problems.append("it names no file that its weights come from")
+        for file in self.checkpoint.files:
+            if not file.source or re.search(r"\s", file.source):
+                problems.append(f"a checkpoint's source must be a URI, got '{file.source}'")
+            if not re.fullmatch("[0-9a-f]{64}", file.sha256):
+                problems.append(f"a sha256 has 64 hex digits, got '{file.sha256}'")
+        if self.checkpoint.commercial_use not in get_args(CommercialUse):
+            problems.append(
+                f"commercial use must be one of {', '.join(get_args(CommercialUse))}, got "
+                f"'{self.checkpoint.commercial_use}'"
+            )
         return problems
 
     # --- what follows for the graph ---------------------------------------------------------
@@ -176,10 +218,10 @@ class ModelSpec:
         fields: dict[str, Any] = {
             "spec_version": SPEC_VERSION,
             **{name: getattr(self, name) for name in _PLAIN_PARAMETERS},
-            **{
-                f"checkpoint.{entry.name}": getattr(self.checkpoint, entry.name)
-                for entry in dataclasses.fields(Checkpoint)
-            },
+            "checkpoint.files": " ".join(
+                file.source + _DIGEST_MARK + file.sha256 for file in self.checkpoint.files
+            ),
+            **{f"checkpoint.{name}": getattr(self.checkpoint, name) for name in _CHECKPOINT_TEXTS},
             **{f"option.{name}": value for name, value in sorted(self.options.items())},
         }
         return {PARAMETER_PREFIX + name: str(value) for name, value in fields.items()}
@@ -207,8 +249,8 @@ class ModelSpec:
             for key in sorted(values)
             if key.startswith("option.")
         }
-        checkpoint_keys = {f"checkpoint.{f.name}": f.name for f in dataclasses.fields(Checkpoint)}
-        expected = set(_PLAIN_PARAMETERS) | set(checkpoint_keys)
+        checkpoint_keys = {f"checkpoint.{name}" for name in ("files", *_CHECKPOINT_TEXTS)}
+        expected = set(_PLAIN_PARAMETERS) | checkpoint_keys
         if missing := sorted(expected - set(values)):
             raise SpecError(
                 f"{where} lacks {_listing(missing)}; export the model again with this stemserve."
@@ -223,7 +265,10 @@ class ModelSpec:
             name: _parse(where, name, values[name], kind)
             for name, kind in _PLAIN_PARAMETERS.items()
         }
-        checkpoint = Checkpoint(**{name: values[key] for key, name in checkpoint_keys.items()})
+        checkpoint = Checkpoint(
+            files=_checkpoint_files(where, values["checkpoint.files"]),
+            **{name: values[f"checkpoint.{name}"] for name in _CHECKPOINT_TEXTS},
+        )
         return cls(**tensors, **plain, checkpoint=checkpoint, options=options)
 
 
@@ -235,10 +280,27 @@ _PLAIN_PARAMETERS: Final[dict[str, type]] = {
     "sample_rate": int,
     "edge_samples": int,
     "lead_samples": int,
+    "tail": str,
     "overlap": float,
     "window": str,
     "normalization": str,
+    "precision": str,
 }
+_CHECKPOINT_TEXTS: Final = ("licence", "commercial_use", "training_data")
+_DIGEST_MARK: Final = "#sha256="  # as pip writes it behind a URL
+
+
+def _checkpoint_files(where: str, text: str) -> tuple[CheckpointFile, ...]:
+    files = []
+    for entry in text.split():
+        source, mark, digest = entry.rpartition(_DIGEST_MARK)
+        if not mark:
+            raise SpecError(
+                f"{where} has '{entry}' in '{PARAMETER_PREFIX}checkpoint.files'; expected "
+                f"URI{_DIGEST_MARK}HEX. Export the model again."
+            )
+        files.append(CheckpointFile(source, digest))
+    return tuple(files)
 
 
 def _check_version(model: str, text: str | None) -> None:

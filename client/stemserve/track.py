@@ -26,7 +26,7 @@ import stemserve
 from stemserve import metrics
 from stemserve.audio import AudioReader
 from stemserve.errors import EmptyAudioError, OutputError
-from stemserve.overlap import ChunkPlan, OverlapAdd, cut
+from stemserve.overlap import ChunkPlan
 from stemserve.result import (
     LatencyLog,
     Result,
@@ -34,6 +34,7 @@ from stemserve.result import (
     input_warnings,
     output_warnings,
 )
+from stemserve.shifts import Passes, shift_delays
 from stemserve.stem_files import Format, StemProperties, TrackWriter
 from stemserve.tensors import InlineTensors, Request, SharedTensors, Tensors, Ticket
 from stemserve.triton import ServedModel, check_stems
@@ -51,6 +52,8 @@ class TrackOptions:
         sample_rate: of the stems, Hz; the input's own for None.
         normalize: one gain for all stems such that the loudest peaks at -1 dBFS.
         overlap: share of a chunk in common with its neighbour; the model's default for None.
+        shifts: passes with random delays of up to 0.5 s to average over; 0 for one without delay.
+        shift_seed: seed of the delays.
     """
 
     stems: Sequence[str] | None = None
@@ -58,6 +61,8 @@ class TrackOptions:
     sample_rate: int | None = None
     normalize: bool = False
     overlap: float | None = None
+    shifts: int = 0
+    shift_seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +133,14 @@ class TrackJob:
                 self.shared = SharedTensors(served.spec, self.stems, shared_slots)
                 stack.callback(self.shared.close)
                 self._tensors = self.shared
-            self._joiner = OverlapAdd(self.plan, len(self.stems), served.spec.channels)
-            self._chunks = cut(self._mixture(), self.plan)
+            self._passes = Passes(
+                self._mixture(),
+                self.plan,
+                shift_delays(options.shifts, served.spec.sample_rate, options.shift_seed),
+                len(self.stems),
+                served.spec.channels,
+            )
+            self._chunks = self._passes.chunks()
             self._resources = stack.pop_all()
 
     def __enter__(self) -> TrackJob:
@@ -147,7 +158,7 @@ class TrackJob:
         """Number of chunks by the header's length (for progress)."""
         announced = self._reader.announced_frames
         length = math.ceil(announced * self._spec.sample_rate / self._reader.properties.sample_rate)
-        return len(self.plan.starts(max(1, length)))
+        return self._passes.expected_chunks(max(1, length))
 
     def next_request(self) -> Request | None:
         """Decode, resample and cut the next chunk; None after the last one."""
@@ -179,7 +190,7 @@ class TrackJob:
         metrics.CHUNK_SECONDS.labels(self._spec.name).observe(round_trip_s)
         self.model_version = response.model_version
         outputs = self._tensors.receive(response, ticket)
-        blocks = self._joiner.add(outputs, ticket.track_samples)
+        blocks = self._passes.add(outputs, ticket.track_samples)
         del outputs
         self._tensors.release(ticket)
         if self._spec.normalization == "track":
@@ -247,11 +258,14 @@ class TrackJob:
             "model_name": spec.name,
             "model_version": self.model_version,
             "checkpoint": {
-                "source": spec.checkpoint.source,
-                "sha256": spec.checkpoint.sha256,
+                "files": [
+                    {"source": file.source, "sha256": file.sha256} for file in spec.checkpoint.files
+                ],
                 "licence": spec.checkpoint.licence,
+                "commercial_use": spec.checkpoint.commercial_use,
             },
             "options": dict(spec.options),
+            "precision": spec.precision,
             "stemserve_version": stemserve.__version__,
             "device": self._served.device,
             "transport": "grpc" if self.shared is None else "shared memory",
@@ -286,6 +300,7 @@ class TrackJob:
                 "samples": self.plan.chunk,
                 "seconds": round(self.plan.chunk / spec.sample_rate, 3),
                 "stride": self.plan.stride,
+                "shifts": self._options.shifts,
                 "joined_by": "crossfade" if self.plan.crossfade else "published framing",
             },
             "latency_ms": self.latency.summary_ms(),

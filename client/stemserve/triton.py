@@ -88,9 +88,23 @@ class ServedModel:
     instances: int
 
 
-def served_model(config: model_config_pb2.ModelConfig) -> ServedModel:
-    """Read a served configuration; raises SpecError as :meth:`ModelSpec.from_config`."""
-    groups = config.instance_group
+def first_step(config: model_config_pb2.ModelConfig) -> str | None:
+    """Return the name of the first model of an ensemble, None for a model of its own."""
+    if not config.HasField("ensemble_scheduling"):
+        return None
+    return str(config.ensemble_scheduling.step[0].model_name)
+
+
+def served_model(
+    config: model_config_pb2.ModelConfig, step: model_config_pb2.ModelConfig | None = None
+) -> ServedModel:
+    """Read a served configuration; raises SpecError as :meth:`ModelSpec.from_config`.
+
+    Args:
+        config: the model's.
+        step: of the first model of an ensemble, which says where that runs.
+    """
+    groups = (step or config).instance_group
     on_gpu = any(
         group.kind == model_config_pb2.ModelInstanceGroup.KIND_GPU
         or (group.kind == model_config_pb2.ModelInstanceGroup.KIND_AUTO and group.gpus)
@@ -250,8 +264,15 @@ def model_missing(url: str, model: str, served: Sequence[str]) -> ModelNotFoundE
     return ModelNotFoundError(f"The server at {url} has no model '{model}'; {offer}.")
 
 
-def default_model(url: str, served: Sequence[str]) -> str:
-    """Return the only served model; raises ModelNotFoundError if there is another number."""
+def default_model(url: str, configs: Sequence[model_config_pb2.ModelConfig]) -> str:
+    """Return the only served model; raises ModelNotFoundError if there is another number.
+
+    Args:
+        url: of the server, for errors.
+        configs: of all models that are ready; those that an ensemble joins do not count.
+    """
+    joined = {step.model_name for config in configs for step in config.ensemble_scheduling.step}
+    served = sorted(str(config.name) for config in configs if config.name not in joined)
     if len(served) == 1:
         return served[0]
     if not served:

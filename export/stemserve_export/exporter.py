@@ -5,155 +5,164 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import shutil
-import signal
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, cast
 
-from stemserve.errors import CheckpointError, ExportError
-from stemserve.repository import CONFIG_NAME, MODEL_FILE
-from stemserve.spec import Checkpoint, ModelSpec
-from stemserve_export.catalog import CatalogEntry, PinnedFile
-from stemserve_export.checkpoints import Report, fetch, sha256_of
+from stemserve.errors import CheckpointError, LicenceError
+from stemserve.repository import CONFIG_NAME, MODEL_FILE, read_config
+from stemserve.spec import Checkpoint, CheckpointFile, ModelSpec
+from stemserve_export.catalog import CatalogEntry
+from stemserve_export.download import CheckpointLock, Report, fetch, sha256_of
+from stemserve_export.families import Family
+from stemserve_export.placement import CONFIGS_FOLDER, Exported, place
+from stemserve_export.tensorrt.configs import (
+    ONNXRUNTIME_TENSORRT_CONFIG,
+    config_file_text,
+    onnxruntime_tensorrt_config,
+)
 from stemserve_export.triton_config import config_text
 
-RECORD_NAME: Final = "export.json"
 
-
-@dataclass(frozen=True, slots=True)
-class Exported:
-    """An artefact in the repository.
-
-    Attributes:
-        path: the graph's file.
-        built: whether it was built now, or found up to date.
-        record: content of ``export.json`` beside it.
-    """
-
-    path: Path
-    built: bool
-    record: Mapping[str, Any]
-
-
-def model_spec(entry: CatalogEntry, checkpoint_sha256: str | None = None) -> ModelSpec:
+def model_spec(
+    entry: CatalogEntry,
+    digests: Mapping[str, str] | None = None,
+) -> ModelSpec:
     """Return the spec of a catalogue entry, framed by its family.
 
     Args:
-        entry: the catalogue's row, its options as they are wanted.
-        checkpoint_sha256: digest of the file that is used; the pinned one if None.
+        entry: the catalogue's row, its options, precision and wire dtype as they are wanted.
+        digests: sha256 of the files that are used, by ``entry.files``' keys; the pinned ones, or
+            where only a prefix is known that prefix filled up with zeros, if None.
     """
-    family = _family(entry)
-    chunk_samples, edge_samples, lead_samples = family.framing(entry.options)
+    framing = _family(entry).framing(entry.options)
     return ModelSpec(
         name=entry.name,
         version=entry.version,
         family=entry.family,
-        domain=entry.domain,  # type: ignore[arg-type]  # ModelSpec checks it
+        domain=entry.domain,
         stems=entry.stems,
         sample_rate=entry.sample_rate,
         channels=2,
-        chunk_samples=chunk_samples,
-        edge_samples=edge_samples,
-        lead_samples=lead_samples,
+        chunk_samples=framing.chunk_samples,
+        edge_samples=framing.edge_samples,
+        lead_samples=framing.lead_samples,
+        tail=framing.tail,
         overlap=entry.overlap,
-        window=entry.window,  # type: ignore[arg-type]
-        normalization=entry.normalization,  # type: ignore[arg-type]
-        wire_dtype=entry.wire_dtype,  # type: ignore[arg-type]
+        window=entry.window,
+        normalization=entry.normalization,
+        wire_dtype=entry.wire_dtype,
+        precision=entry.precision,
         max_batch_size=entry.max_batch_size,
         checkpoint=Checkpoint(
-            source=entry.checkpoint.source,
-            sha256=checkpoint_sha256 or entry.checkpoint.sha256 or "",
+            files=tuple(
+                CheckpointFile(
+                    file.source,
+                    digests[key] if digests else file.sha256 or file.sha256_prefix.ljust(64, "0"),
+                )
+                for key, file in entry.files.items()
+            ),
             licence=entry.licence,
+            commercial_use=entry.commercial_use,
             training_data=entry.training_data,
         ),
         options=dict(entry.options),
     )
 
 
-def with_options(entry: CatalogEntry, options: Mapping[str, str]) -> CatalogEntry:
-    """Return the entry with other choices; raises ExportError for one that it does not have."""
-    for name in options:
-        if name not in entry.options:
-            known = ", ".join(entry.options) or "none"
-            raise ExportError(f"Model '{entry.name}' has no option '{name}'; it has {known}.")
-    return replace(entry, options={**entry.options, **options})
-
-
-def with_checkpoint(entry: CatalogEntry, uri: str) -> CatalogEntry:
-    """Return the entry with a checkpoint of the user's instead of the pinned one."""
-    if uri == entry.checkpoint.source:
-        return entry
-    return replace(
-        entry,
-        checkpoint=PinnedFile(uri, None, None),
-        licence="unknown",
-        training_data="unknown",
-    )
-
-
 def export_model(
-    entry: CatalogEntry, repository: Path, *, cache: Path | None = None, report: Report = print
+    entry: CatalogEntry,
+    repository: Path,
+    *,
+    cache: Path | None = None,
+    accept_licence: bool = False,
+    report: Report = print,
 ) -> Exported:
     """Build a model's graph and configuration in a repository.
 
+    A model of specialists becomes one folder per specialist and an ensemble that joins them.
     Nothing is done if the artefact there was built from the same checkpoint, spec and exporter.
     Until the last step everything happens in a hidden folder: an export that is interrupted
     leaves the repository as it was.
 
+    Args:
+        entry: the catalogue's row, its choices as they are wanted.
+        repository: the model repository.
+        cache: folder to keep downloads in.
+        accept_licence: whether the user agrees to a licence that forbids commercial use.
+        report: told what is being done.
+
     Raises:
+        LicenceError: the licence must be accepted first.
         DownloadError, DigestMismatchError, CheckpointError, ExportError: see each.
     """
-    checkpoint = fetch(entry.checkpoint, cache=cache, report=report)
-    digest = entry.checkpoint.sha256 or sha256_of(checkpoint)
-    spec = model_spec(entry, digest)
-    recipe = _recipe(spec)
-    folder = repository / spec.name
-    target = folder / str(spec.version)
-    found = _up_to_date(folder, target, spec, recipe)
-    if found is not None:
-        return Exported(target / MODEL_FILE, False, found)
+    if entry.commercial_use == "forbidden" and not accept_licence:
+        raise LicenceError(
+            f"The weights of '{entry.name}' are licensed for {entry.licence} and not for "
+            f"commercial use ({entry.licence_source}). If you agree to that, export with "
+            "--accept-licence."
+        )
+    parts = [_export_one(part, repository, cache, report) for part in entry.parts()]
+    if not parts:
+        return _export_one(entry, repository, cache, report)
+    specs = [ModelSpec.from_config(read_config(repository, p.name)) for p in entry.parts()]
+    digests = {
+        stem: spec.checkpoint.files[0].sha256 for stem, spec in zip(entry.stems, specs, strict=True)
+    }
+    spec = model_spec(entry, digests)
 
-    existed = folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _staging(folder) as staging:
-            artefact = staging / "artefact"
-            artefact.mkdir()
-            record = _build(entry, spec, checkpoint, artefact / MODEL_FILE, report)
-            record["recipe"] = recipe
-            (artefact / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n")
-            (staging / CONFIG_NAME).write_text(config_text(spec), encoding="utf-8")
-            _commit(staging, artefact, target)
-    except BaseException as error:
-        if not existed:
-            shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise ExportError(
-                f"The repository '{repository}' cannot be written to ({error.strerror}); choose "
-                "another with --repository."
-            ) from None
-        raise
-    return Exported(target / MODEL_FILE, True, record)
+    def build(artefact: Path) -> dict[str, Any]:
+        del artefact  # an ensemble has no file of its own
+        return {"specialists": [part.name for part in specs], "spec": spec.to_parameters()}
+
+    recipe = _recipe(spec)
+    return place(repository, spec, {CONFIG_NAME: config_text(spec, specs)}, recipe, build)
+
+
+def _export_one(
+    entry: CatalogEntry, repository: Path, cache: Path | None, report: Report
+) -> Exported:
+    lock = CheckpointLock(repository)
+    files = {
+        key: fetch(lock.pinned(file), cache=cache, report=report)
+        for key, file in entry.files.items()
+    }
+    digests = {
+        key: lock.pinned(entry.files[key]).sha256 or sha256_of(path) for key, path in files.items()
+    }
+    spec = model_spec(entry, digests)
+
+    def build(artefact: Path) -> dict[str, Any]:
+        record = _build(entry, spec, files, artefact / MODEL_FILE, report)
+        for key, file in entry.files.items():
+            lock.pin(file, digests[key])
+        return record
+
+    recipe = _recipe(spec)
+    tensorrt = onnxruntime_tensorrt_config(spec, recipe)
+    configs = {
+        CONFIG_NAME: config_text(spec),
+        f"{CONFIGS_FOLDER}/{ONNXRUNTIME_TENSORRT_CONFIG}.pbtxt": config_file_text(
+            tensorrt, "stemserve export"
+        ),
+    }
+    return place(repository, spec, configs, recipe, build)
 
 
 def _build(
-    entry: CatalogEntry, spec: ModelSpec, checkpoint: Path, path: Path, report: Report
+    entry: CatalogEntry, spec: ModelSpec, files: Mapping[str, Path], path: Path, report: Report
 ) -> dict[str, Any]:
+    from stemserve_export.gate.export_check import graph_parity_db
     from stemserve_export.onnx_graph import export_graph
-    from stemserve_export.verify import graph_parity_db
 
     report(f"Exporting {spec.name} (version {spec.version})")
     try:
-        module = _family(entry).load(checkpoint, entry.members, entry.stems, entry.options)
+        module = _family(entry).build(entry, files, entry.precision)
     except OSError as error:  # ours to write to is the repository only
         raise CheckpointError(
-            f"The checkpoint '{checkpoint}' of '{spec.name}' cannot be read ({error})."
+            f"The checkpoint of '{spec.name}' cannot be read ({error})."
         ) from None
     model = export_graph(module, spec, path)
     parity_db = graph_parity_db(module, spec, path)
@@ -164,17 +173,23 @@ def _build(
         "stemserve": version("stemserve"),
         "torch": version("torch"),
         "onnx": version("onnx"),
+        "parameters": sum(tensor.numel() for tensor in module.parameters()),
         "nodes": len(model.graph.node),
         "opset": model.opset_import[0].version,
         "ir_version": model.ir_version,
         "graph_sha256": sha256_of(path),
         "parity_db": parity_db,
+        "files": {
+            key: {"source": file.source, "sha256": file.sha256}
+            for key, file in zip(entry.files, spec.checkpoint.files, strict=True)
+        },
+        "members": dict(entry.members),
         "spec": spec.to_parameters(),
     }
 
 
-def _family(entry: CatalogEntry) -> Any:
-    return importlib.import_module(f"stemserve_export.families.{entry.family}")
+def _family(entry: CatalogEntry) -> Family:
+    return cast(Family, importlib.import_module(f"stemserve_export.families.{entry.family}"))
 
 
 def _recipe(spec: ModelSpec) -> str:
@@ -184,55 +199,10 @@ def _recipe(spec: ModelSpec) -> str:
         json.dumps([spec.name, spec.tensor_dims, spec.stems, spec.to_parameters()]).encode()
     )
     package = files("stemserve_export")
-    family = sorted(
-        (file for file in (package / "families").iterdir() if file.name.startswith(spec.family)),
-        key=lambda file: file.name,
-    )
-    for file in (package / "spectral.py", package / "onnx_graph.py", *family):
-        digest.update(file.read_bytes())
+    for part in ("families", "weights"):
+        sources = [file for file in (package / part).iterdir() if file.name.endswith(".py")]
+        for file in sorted(sources, key=lambda file: file.name):
+            digest.update(file.read_bytes())
+    for name in ("spectral.py", "onnx_graph.py", "precision.py"):
+        digest.update((package / name).read_bytes())
     return digest.hexdigest()
-
-
-def _up_to_date(folder: Path, target: Path, spec: ModelSpec, recipe: str) -> dict[str, Any] | None:
-    try:
-        record: dict[str, Any] = json.loads((target / RECORD_NAME).read_text())
-        if (
-            record["recipe"] == recipe
-            and record["graph_sha256"] == sha256_of(target / MODEL_FILE)
-            and (folder / CONFIG_NAME).read_text(encoding="utf-8") == config_text(spec)
-        ):
-            return record
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return None
-
-
-@contextmanager
-def _staging(folder: Path) -> Iterator[Path]:
-    # Inside the model's folder: the same file system, and no model of its own to Triton.
-    staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=folder))
-    try:
-        yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _commit(staging: Path, artefact: Path, target: Path) -> None:
-    """Move a finished artefact into place; signals wait until that is done."""
-    blocked = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
-    try:
-        replaced = staging / "replaced"
-        if target.exists():
-            target.rename(replaced)
-        try:
-            artefact.rename(target)
-            (staging / CONFIG_NAME).replace(target.parent / CONFIG_NAME)
-        except OSError:
-            if target.exists():
-                target.rename(artefact)
-            if replaced.exists():
-                replaced.rename(target)
-            raise
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

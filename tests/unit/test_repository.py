@@ -12,6 +12,7 @@ from stemserve.repository import (
     models_to_serve,
     read_config,
 )
+from stemserve_export.triton_config import config_text
 
 
 @pytest.fixture
@@ -104,6 +105,51 @@ def test_a_configuration_that_is_no_text(tmp_path, add_model):
     (tmp_path / "a" / "config.pbtxt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ModelFileMissingError, match="is no valid model configuration"):
         read_config(tmp_path, "a")
+
+
+@pytest.fixture
+def add_ensemble(add_model, make_spec):
+    """Describe an ensemble of two specialists that need not be there."""
+
+    def add(name, *files):
+        spec = make_spec(name=name)
+        parts = [make_spec(name=f"{name}_{stem}", stems=(stem,)) for stem in spec.stems]
+        add_model(name, *files, config=config_text(spec, parts))
+        return [part.name for part in parts]
+
+    return add
+
+
+def test_an_ensemble_is_exported_once_all_its_specialists_are(tmp_path, add_model, add_ensemble):
+    vocals, rest = add_ensemble("pair", "1/export.json")
+    add_model("single", "1/model.onnx")
+    assert exported_models(tmp_path) == ["single"]
+    add_model(vocals, "1/model.onnx")
+    assert exported_models(tmp_path) == [vocals, "single"]
+    assert models_to_serve(tmp_path, []) == [vocals, "single"]  # the rest can be served
+    add_model(rest)
+    assert refusal(tmp_path, ["pair"]) == (
+        f"Model 'pair' joins pair_vocals, pair_accompaniment, and not all of them are built in "
+        f"'{tmp_path}'. Build them with `stemserve export pair`."
+    )
+    (tmp_path / rest / "1").mkdir()
+    (tmp_path / rest / "1" / "model.onnx").touch()
+    assert models_to_serve(tmp_path, ["pair"]) == ["pair"]
+    assert exported_models(tmp_path) == ["pair", rest, vocals, "single"]
+
+
+def test_an_ensemble_without_a_version_is_none_that_triton_loads(tmp_path, add_model, add_ensemble):
+    """As in a checkout, where the configurations are and nothing that was built."""
+    for name in add_ensemble("pair"):
+        add_model(name, "1/model.onnx")
+    assert exported_models(tmp_path) == ["pair_accompaniment", "pair_vocals"]
+    assert "`stemserve export pair`" in refusal(tmp_path, ["pair"])
+
+
+def test_an_ensemble_that_joins_itself(tmp_path, add_model):
+    config = 'platform: "ensemble" ensemble_scheduling { step { model_name: "loop" } }'
+    add_model("loop", "1/export.json", config=config)
+    assert exported_models(tmp_path) == []
 
 
 def test_another_models_broken_configuration_does_not_stop_a_named_one(tmp_path, add_model):

@@ -5,10 +5,16 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from stemserve.errors import SpecError
-from stemserve.spec import PARAMETER_PREFIX, SPEC_VERSION, ModelSpec
+from stemserve.spec import PARAMETER_PREFIX, SPEC_VERSION, Checkpoint, CheckpointFile, ModelSpec
 from stemserve_export.triton_config import config_text, model_config
 
+DIGESTS = ("0" * 64, "0123456789abcdef" * 4)
 DtypeInt8 = model_config_pb2.DataType.Value("TYPE_INT8")
+
+
+def checkpoint(*files, **changes):
+    texts = {"licence": "MIT", "commercial_use": "allowed", "training_data": "songs"}
+    return Checkpoint(tuple(CheckpointFile(*file) for file in files), **{**texts, **changes})
 
 
 def served(spec):
@@ -50,6 +56,33 @@ def served(spec):
         ({"window": "hann"}, "window must be one of triangle, got 'hann'"),
         ({"normalization": "chunk"}, "normalization must be one of none, track, got 'chunk'"),
         ({"wire_dtype": "int8"}, "wire_dtype must be one of fp32, fp16, got 'int8'"),
+        ({"precision": "bf16"}, "precision must be one of fp32, fp16, got 'bf16'"),
+        ({"tail": "left"}, "tail must be one of padded, centred, got 'left'"),
+        (
+            {"tail": "centred", "lead_samples": 1},
+            "lead_samples must be 0 where the tail is centred",
+        ),
+        ({"checkpoint": checkpoint()}, "it names no file that its weights come from"),
+        (
+            {"checkpoint": checkpoint(("file:///my weights.pth", DIGESTS[0]))},
+            "a checkpoint's source must be a URI, got 'file:///my weights.pth'",
+        ),
+        (
+            {"checkpoint": checkpoint(("", DIGESTS[0]))},
+            "a checkpoint's source must be a URI, got ''",
+        ),
+        (
+            {"checkpoint": checkpoint(("file:///w", "0" * 63))},
+            f"a sha256 has 64 hex digits, got '{'0' * 63}'",
+        ),
+        (
+            {"checkpoint": checkpoint(("file:///w", "A" * 64))},
+            f"a sha256 has 64 hex digits, got '{'A' * 64}'",
+        ),
+        (
+            {"checkpoint": checkpoint(("file:///w", DIGESTS[0]), commercial_use="maybe")},
+            "commercial use must be one of allowed, forbidden, unknown, got 'maybe'",
+        ),
     ],
 )
 def test_an_invalid_field_is_named_with_what_was_expected(make_spec, changes, problem):
@@ -73,6 +106,7 @@ def test_a_stem_that_is_no_plain_file_name_is_refused(make_spec, stem):
         {"overlap": 0.0},
         {"overlap": 0.999},
         {"max_batch_size": 1, "stems": ("vocals",), "domain": "hybrid", "wire_dtype": "fp16"},
+        {"tail": "centred", "precision": "fp16", "overlap": 0.0},
     ],
 )
 def test_the_limits_themselves_are_valid(make_spec, changes):
@@ -116,6 +150,17 @@ def test_triton_dtype(make_spec, wire, triton):
         {"overlap": 0.1 + 0.2, "edge_samples": 7, "lead_samples": 9},  # no short decimal
         {"wire_dtype": "fp16", "domain": "hybrid", "normalization": "track"},
         {"stems": ("vocals", "drums", "bass", "other"), "channels": 1, "max_batch_size": 1},
+        {"tail": "centred", "precision": "fp16"},
+        {
+            "checkpoint": checkpoint(
+                ("https://host/vocals.pth?a=1#sha256=b", DIGESTS[0]),  # a mark of its own
+                ("pypi:wheel==1.0", DIGESTS[1]),
+                ("file:///my%20weights/ünï.th", DIGESTS[1]),
+                licence="research only",
+                commercial_use="forbidden",
+                training_data='two\nlines, "quoted"',
+            )
+        },
     ],
 )
 def test_a_spec_survives_the_way_through_config_pbtxt(make_spec, changes):
@@ -126,10 +171,24 @@ def test_a_spec_survives_the_way_through_config_pbtxt(make_spec, changes):
 def test_all_parameters_carry_the_prefix_and_are_text(make_spec):
     parameters = make_spec().to_parameters()
     assert parameters["stemserve.spec_version"] == str(SPEC_VERSION)
-    assert parameters["stemserve.checkpoint.sha256"] == "0" * 64
+    assert parameters["stemserve.checkpoint.files"] == f"file:///w.ckpt#sha256={'0' * 64}"
+    assert parameters["stemserve.checkpoint.licence"] == "MIT"
+    assert parameters["stemserve.checkpoint.commercial_use"] == "allowed"
+    assert parameters["stemserve.tail"] == "padded"
+    assert parameters["stemserve.precision"] == "fp32"
     assert parameters["stemserve.option.mask_extension"] == "average"
     assert all(key.startswith(PARAMETER_PREFIX) for key in parameters)
     assert all(isinstance(value, str) for value in parameters.values())
+
+
+def test_the_files_of_a_checkpoint_keep_their_order(make_spec):
+    files = [(f"https://host/{stem}.pth", DIGESTS[1]) for stem in ("vocals", "drums", "bass")]
+    spec = make_spec(checkpoint=checkpoint(*files))
+    assert spec.to_parameters()["stemserve.checkpoint.files"] == " ".join(
+        f"https://host/{stem}.pth#sha256={DIGESTS[1]}" for stem in ("vocals", "drums", "bass")
+    )
+    read = ModelSpec.from_config(served(spec)).checkpoint.files
+    assert [(file.source, file.sha256) for file in read] == files
 
 
 def test_parameters_of_others_are_ignored(make_spec):
@@ -220,6 +279,34 @@ CONFIGURATION = "The configuration of model 'tiny' "
             CONFIGURATION + "has 'stemserve.overlap' = 'a quarter'; expected a number. Export "
             "the model again.",
             id="no number",
+        ),
+        pytest.param(
+            put("checkpoint.files", "file:///w"),
+            CONFIGURATION + "has 'file:///w' in 'stemserve.checkpoint.files'; expected "
+            "URI#sha256=HEX. Export the model again.",
+            id="a file without digest",
+        ),
+        pytest.param(
+            put("checkpoint.files", "file:///w#sha256=12"),
+            "The spec of model 'tiny' is not valid: a sha256 has 64 hex digits, got '12'.",
+            id="a short digest",
+        ),
+        pytest.param(
+            put("checkpoint.files", " "),
+            "The spec of model 'tiny' is not valid: it names no file that its weights come from.",
+            id="no files",
+        ),
+        pytest.param(
+            put("checkpoint.commercial_use", "yes"),
+            "The spec of model 'tiny' is not valid: commercial use must be one of allowed, "
+            "forbidden, unknown, got 'yes'.",
+            id="another use",
+        ),
+        pytest.param(
+            drop("tail", "precision", "checkpoint.commercial_use"),
+            CONFIGURATION + "lacks parameters 'stemserve.checkpoint.commercial_use', "
+            "'stemserve.precision', 'stemserve.tail'; export the model again with this stemserve.",
+            id="of before these were there",
         ),
         pytest.param(
             put("domain", "time"),

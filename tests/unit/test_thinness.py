@@ -35,7 +35,10 @@ def test_the_package_itself_imports_next_to_nothing():
     assert modules & {"grpc", "numpy", "soundfile", "soxr", "rich", "click"} == set()
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["separate", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["separate", "--help"], ["export", "--help"], ["--version"]],
+)
 def test_help_pays_for_no_library(arguments):
     code = (
         "import sys, contextlib\n"
@@ -46,6 +49,19 @@ def test_help_pays_for_no_library(arguments):
     modules = modules_after(code)
     assert "click" in modules
     assert modules & {"grpc", "soundfile", "soxr", "torch", "onnx"} == set()
+
+
+def test_listing_the_catalogue_needs_none_of_the_exporters_libraries():
+    code = (
+        "import sys, contextlib, io\n"
+        "sys.argv = ['stemserve', 'export', '--list']\n"
+        "from stemserve.cli import main\n"
+        "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n"
+        "    main()"
+    )
+    modules = modules_after(code)
+    assert "stemserve_export.listing" in modules
+    assert modules & {"torch", "onnx", "onnxruntime", "requests"} == set()
 
 
 def test_an_unknown_name_of_the_package():

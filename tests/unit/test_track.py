@@ -9,7 +9,13 @@ import soundfile
 from rich.console import Console
 from tritonclient.grpc import service_pb2
 
-from stemserve.errors import EmptyAudioError, NonFiniteAudioError, OutputError, UnknownStemError
+from stemserve.errors import (
+    EmptyAudioError,
+    NonFiniteAudioError,
+    OutputError,
+    SpecError,
+    UnknownStemError,
+)
 from stemserve.report import print_result
 from stemserve.track import TrackJob, TrackOptions
 from stemserve.triton import ServedModel
@@ -60,7 +66,12 @@ def test_metadata(separate, write_audio, noise):
     assert metadata["track"] == "song"
     assert metadata["model_name"] == "tiny"
     assert metadata["model_version"] == "3"
-    assert metadata["checkpoint"]["sha256"] == "0" * 64
+    assert metadata["checkpoint"] == {
+        "files": [{"source": "file:///w.ckpt", "sha256": "0" * 64}],
+        "licence": "MIT",
+        "commercial_use": "allowed",
+    }
+    assert metadata["precision"] == "fp32"
     assert metadata["device"] == "cpu"
     assert metadata["runtime_seconds"] > 0
     assert metadata["input"] == {
@@ -77,7 +88,7 @@ def test_metadata(separate, write_audio, noise):
     # 44100 samples at the model's rate; 5000 less 3750 per chunk: 1 + ceil(39100 / 3750).
     chunks = metadata["chunks"]
     assert (chunks["count"], chunks["samples"], chunks["stride"]) == (12, 5000, 3750)
-    assert chunks["joined_by"] == "crossfade"
+    assert (chunks["joined_by"], chunks["shifts"]) == ("crossfade", 0)
     assert metadata["latency_ms"]["round_trip"]["max"] == 1e3 * ROUND_TRIP_S
     assert metadata["client_peak_rss_mb"] > 10
     assert [warning["code"] for warning in metadata["warnings"]] == ["resampled"]
@@ -170,6 +181,39 @@ def test_a_name_that_is_not_utf8_is_separated(separate, tmp_path, write_audio, n
     path = tmp_path / "caf\udce9.wav"
     write_audio("plain.wav", noise(100)).rename(path)
     assert len(separate(path).stems) == 2
+
+
+@pytest.mark.parametrize("spec_changes", [{}, {"tail": "centred", "normalization": "track"}])
+def test_shifts_are_averaged_and_taken_back(separate, make_spec, write_audio, noise, spec_changes):
+    samples = noise(30_000)
+    path = write_audio("song.wav", samples, subtype="FLOAT")
+    spec = make_spec(chunk_samples=5000, **spec_changes)
+    result = separate(path, spec, shifts=2, shift_seed=1)
+    # Crossfading, averaging and normalizing are exact to float32's rounding.
+    np.testing.assert_allclose(soundfile.read(result.stems["vocals"])[0], samples, atol=1e-6)
+    chunks = result.metadata["chunks"]
+    assert chunks["shifts"] == 2
+    assert chunks["count"] > 2 * separate(path, spec).metadata["chunks"]["count"]
+
+
+def test_a_track_of_which_nothing_is_left_is_not_separated_shifted_either(separate, write_audio):
+    path = write_audio("song.wav", np.full((1, 2), 0.25), 96_000)
+    with pytest.raises(EmptyAudioError, match="is too short"):
+        separate(path, shifts=2)
+
+
+def test_a_negative_number_of_shifts(separate, tmp_path, write_audio, noise):
+    with pytest.raises(SpecError, match=r"shifts must be 0 or more, got -1\."):
+        separate(write_audio("song.wav", noise(100)), shifts=-1)
+    assert list((tmp_path / "out").rglob("*")) == []
+
+
+def test_a_short_track_of_a_model_with_centred_chunks(separate, make_spec, write_audio, noise):
+    samples = noise(777)
+    path = write_audio("song.wav", samples, subtype="FLOAT")
+    result = separate(path, make_spec(chunk_samples=5000, tail="centred"))
+    np.testing.assert_allclose(soundfile.read(result.stems["vocals"])[0], samples, atol=1e-6)
+    assert result.metadata["chunks"]["count"] == 1
 
 
 def test_the_table_tells_the_chunks_length_at_the_models_rate(separate, write_audio, noise):

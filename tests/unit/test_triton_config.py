@@ -4,7 +4,7 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from stemserve.spec import ModelSpec
+from stemserve.spec import CheckpointFile, ModelSpec
 from stemserve_export.triton_config import HEADER, config_text, model_config
 
 
@@ -29,14 +29,20 @@ def test_another_spec_is_another_text(make_spec):
     texts = {config_text(make_spec())}
     changes = {
         "version": 4, "family": "other", "stems": ("a",), "sample_rate": 48_000, "channels": 1,
-        "chunk_samples": 65, "edge_samples": 0, "lead_samples": 1, "overlap": 0.26,
+        "chunk_samples": 65, "lead_samples": 1, "overlap": 0.26,
         "normalization": "track", "wire_dtype": "fp16", "max_batch_size": 4, "domain": "hybrid",
-        "options": {},
-        "checkpoint": dataclasses.replace(make_spec().checkpoint, sha256="1" * 64),
+        "options": {}, "tail": "centred", "precision": "fp16",
     }  # fmt: skip
-    for field, value in changes.items():
-        texts.add(config_text(make_spec(**{field: value})))
-    assert len(texts) == len(changes)  # one of the changes is none: edge_samples
+    specs = [make_spec(**{field: value}) for field, value in changes.items()]
+    of_checkpoint = {
+        "files": (CheckpointFile("file:///w.ckpt", "1" * 64),), "licence": "GPL-3.0",
+        "commercial_use": "forbidden", "training_data": "other songs",
+    }  # fmt: skip
+    for field, value in of_checkpoint.items():
+        changed = dataclasses.replace(make_spec().checkpoint, **{field: value})
+        specs.append(make_spec(checkpoint=changed))
+    texts |= {config_text(spec) for spec in specs}
+    assert len(texts) == 1 + len(specs)
 
 
 def test_the_header_says_where_it_comes_from(make_spec):

@@ -9,6 +9,7 @@ from stemserve.triton import (
     ServerTimes,
     check_stems,
     default_model,
+    first_step,
     infer_request,
     model_missing,
     read_response,
@@ -16,7 +17,7 @@ from stemserve.triton import (
     served_model,
     target_of,
 )
-from stemserve_export.triton_config import model_config
+from stemserve_export.triton_config import ensemble_config, model_config
 
 URL = "gpu-1:8001"
 Group = model_config_pb2.ModelInstanceGroup
@@ -91,14 +92,54 @@ def test_device_and_instances_of_a_served_model(make_spec, groups, device, insta
     assert (served.device, served.instances) == (device, instances)
 
 
-def test_the_only_model_is_the_default():
-    assert default_model(URL, ["spleeter_2stems"]) == "spleeter_2stems"
+@pytest.fixture
+def ensemble(make_spec):
+    """Configurations of a pair of specialists and of the model that joins them."""
+    spec = make_spec(name="pair")
+    parts = [make_spec(name=f"pair_{stem}", stems=(stem,)) for stem in spec.stems]
+    return ensemble_config(spec, parts), [model_config(part) for part in parts]
 
 
-def test_no_default_among_several():
+@pytest.mark.parametrize(
+    ("group", "device", "instances"),
+    [
+        ({"kind": Group.KIND_CPU, "count": 3}, "cpu", 3),
+        ({"kind": Group.KIND_AUTO, "count": 2, "gpus": [0, 1]}, "gpu", 4),
+    ],
+)
+def test_an_ensemble_runs_where_its_first_specialist_does(ensemble, group, device, instances):
+    joined, parts = ensemble
+    assert first_step(joined) == parts[0].name == "pair_vocals"
+    parts[0].ClearField("instance_group")
+    parts[0].instance_group.add(**group)
+    served = served_model(joined, parts[0])
+    assert (served.spec.name, served.spec.stems) == ("pair", ("vocals", "accompaniment"))
+    assert (served.device, served.instances) == (device, instances)
+
+
+def test_a_model_of_its_own_has_no_steps(make_spec):
+    assert first_step(model_config(make_spec())) is None
+
+
+def test_the_only_model_is_the_default(make_spec):
+    assert default_model(URL, [model_config(make_spec())]) == "tiny"
+
+
+def test_specialists_do_not_count_where_their_ensemble_is_served(ensemble):
+    joined, parts = ensemble
+    assert default_model(URL, [*parts, joined]) == "pair"
+    assert default_model(URL, [parts[0]]) == "pair_vocals"
+    with pytest.raises(ModelNotFoundError, match="serves pair_accompaniment, pair_vocals; choose"):
+        default_model(URL, parts)
+
+
+def test_no_default_among_several(ensemble, make_spec):
+    joined, parts = ensemble
     with pytest.raises(ModelNotFoundError) as caught:
-        default_model(URL, ["a", "b"])
-    assert str(caught.value) == "The server at gpu-1:8001 serves a, b; choose one with --model."
+        default_model(URL, [model_config(make_spec()), joined, *parts])
+    assert str(caught.value) == (
+        "The server at gpu-1:8001 serves pair, tiny; choose one with --model."
+    )
 
 
 def test_no_default_where_nothing_is_served():

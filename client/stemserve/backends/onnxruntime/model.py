@@ -65,7 +65,8 @@ class TritonPythonModel:
                 "`stemserve[gpu]` instead of `stemserve[server]`, or hide the GPU with "
                 "CUDA_VISIBLE_DEVICES=''."
             )
-        device = {"device_id": args["model_instance_device_id"]}
+        # As the exporter's configuration says, and the real backend reads there.
+        device = {"device_id": args["model_instance_device_id"], "use_tf32": "0"}
         return [("CUDAExecutionProvider", device), "CPUExecutionProvider"]
 
     def execute(self, requests):

@@ -1,10 +1,10 @@
-"""Checkpoints: fetched from where they are published, verified, and read without running them."""
+"""Published files, fetched from where they are published, kept and verified."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
-import io
+import json
 import os
 import re
 import shutil
@@ -12,26 +12,21 @@ import subprocess
 import sys
 import tempfile
 import time
-import zipfile
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 from urllib.parse import unquote, urlsplit
 
-import numpy as np
-import numpy.typing as npt
-
-from stemserve.errors import CheckpointError, DigestMismatchError, DownloadError
+from stemserve.errors import DigestMismatchError, DownloadError
 from stemserve_export.catalog import PinnedFile
 
-Arrays = Mapping[str, npt.NDArray[np.float32]]
 Report = Callable[[str], None]
 
+LOCK_NAME: Final = "checkpoints.lock.json"
 _BLOCK: Final = 1 << 16  # what a broken connection may lose
 _ATTEMPTS: Final = 5
 _TIMEOUT_S: Final = (10, 60)  # to connect, between two reads
-_MAX_MEMBER_BYTES: Final = 1 << 31
 
 
 def cache_folder() -> Path:
@@ -54,7 +49,7 @@ def fetch(file: PinnedFile, *, cache: Path | None = None, report: Report = print
     scheme = file.source.partition(":")[0]
     if scheme == "file":
         path = Path(unquote(urlsplit(file.source).path))
-        if not path.is_file():
+        if not path.exists():
             raise DownloadError(f"There is no file '{path}'; check the URI '{file.source}'.")
         _verify(path, file)
         return path
@@ -63,7 +58,7 @@ def fetch(file: PinnedFile, *, cache: Path | None = None, report: Report = print
             f"'{file.source}' is no URI that can be fetched; expected https://…, file:///… or "
             "pypi:NAME==VERSION."
         )
-    if scheme == "http" and file.sha256 is None:
+    if scheme == "http" and not file.sha256:
         raise DownloadError(
             f"'{file.source}' would be fetched unencrypted and unverified; use https."
         )
@@ -75,7 +70,9 @@ def fetch(file: PinnedFile, *, cache: Path | None = None, report: Report = print
             f"The cache '{folder}' cannot be made ({error.strerror}); choose another folder with "
             "XDG_CACHE_HOME."
         ) from None
-    key = file.sha256 or hashlib.sha256(file.source.encode()).hexdigest()
+    # By its source while only a prefix is known: the digest may be locked by the next time.
+    known_by = None if file.sha256_prefix else file.sha256
+    key = known_by or hashlib.sha256(file.source.encode()).hexdigest()
     kept = folder / f"{key[:16]}-{_file_name(file.source)}"
     if kept.exists():
         try:
@@ -93,87 +90,82 @@ def fetch(file: PinnedFile, *, cache: Path | None = None, report: Report = print
 
 
 def sha256_of(path: Path) -> str:
-    """Return the hex digest of a file."""
+    """Return the hex digest of a file; of names and digests of its files for a folder."""
+    if path.is_dir():
+        listing = hashlib.sha256()
+        for file in sorted(path.iterdir()):
+            if file.is_file():
+                listing.update(f"{file.name} {sha256_of(file)}\n".encode())
+        return listing.hexdigest()
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def read_member(archive: Path, member: str) -> bytes:
-    """Return one member of a zip archive (a wheel is one).
+class CheckpointLock:
+    """Full digests of files whose publisher gives the leading digits only.
 
-    Raises:
-        CheckpointError: the archive is none, lacks the member, or the member is absurdly large.
+    The first fetch records what came, in ``checkpoints.lock.json`` of the model repository; from
+    then on anything else is refused, on every machine that shares the repository.
     """
-    try:
-        with zipfile.ZipFile(archive) as opened:
-            info = opened.getinfo(member)
-            if info.file_size > _MAX_MEMBER_BYTES:
-                raise CheckpointError(
-                    f"'{member}' in '{archive}' unpacks to {info.file_size} bytes; expected at "
-                    f"most {_MAX_MEMBER_BYTES}. This is no checkpoint that we know."
-                )
-            return opened.read(info)
-    # zipfile lets through what its decompressors and its decryption raise.
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as error:
-        raise CheckpointError(
-            f"'{archive}' is no readable archive ({error}); expected the published wheel."
-        ) from None
-    except KeyError:
-        raise CheckpointError(
-            f"'{archive}' has no member '{member}'; expected the published wheel."
-        ) from None
 
+    def __init__(self, repository: Path) -> None:
+        self.path = repository / LOCK_NAME
 
-def read_arrays(data: bytes, what: str) -> Arrays:
-    """Read a torch-saved mapping of names to float32 numpy arrays, running no code from it.
+    def pinned(self, file: PinnedFile) -> PinnedFile:
+        """Return the file with its recorded digest, if it is known by a prefix and recorded.
 
-    Args:
-        data: the file's content.
-        what: its name, for errors.
+        Raises:
+            DigestMismatchError: the record contradicts the published prefix.
+        """
+        recorded = self._read().get(file.source) if file.sha256_prefix else None
+        if recorded is None:
+            return file
+        if not recorded.startswith(file.sha256_prefix):
+            raise DigestMismatchError(
+                f"'{self.path}' pins '{file.source}' to {recorded}, which contradicts the "
+                f"published prefix {file.sha256_prefix}; find out who changed it, and remove the "
+                "entry."
+            )
+        return replace(file, sha256=recorded)
 
-    Raises:
-        CheckpointError: it is damaged, holds anything else, or asks for code to be run.
-    """
-    import torch
+    def pin(self, file: PinnedFile, sha256: str) -> None:
+        """Record the digest of a file that is known by a prefix only."""
+        recorded = self._read()
+        if file.sha256_prefix and file.source not in recorded:
+            recorded[file.source] = sha256
+            partial = self.path.with_name(f".{self.path.name}.partial")
+            partial.write_text(json.dumps(recorded, indent=2, sort_keys=True) + "\n")
+            partial.replace(self.path)
 
-    allowed: list[Any] = [
-        # How numpy pickles an array; the name is the one that numpy 1 wrote.
-        (np.ndarray.__reduce__(np.zeros(1))[0], "numpy.core.multiarray._reconstruct"),
-        np.ndarray,
-        np.dtype,
-        np.dtypes.Float32DType,
-    ]
-    try:
-        with torch.serialization.safe_globals(allowed):
-            loaded = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
-    except Exception as error:  # torch raises whatever the damage leads to
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it asks for {asked[1]}" if asked else "it is damaged"
-        raise CheckpointError(
-            f"'{what}' cannot be read as plain weights ({reason}); expected a mapping of names "
-            "to float32 arrays. Nothing in it was run."
-        ) from None
-    if not isinstance(loaded, dict) or not all(
-        isinstance(name, str)
-        and isinstance(value, np.ndarray)
-        and value.dtype == np.float32
-        and np.isfinite(value).all()
-        for name, value in loaded.items()
-    ):
-        raise CheckpointError(
-            f"'{what}' holds something else than finite float32 arrays by name; expected the "
-            "published weights."
-        )
-    return loaded
+    def _read(self) -> dict[str, str]:
+        try:
+            recorded = json.loads(self.path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise DownloadError(
+                f"The lock file '{self.path}' cannot be read ({error}); restore it, or remove it "
+                "to pin anew what is published."
+            ) from None
+        if not isinstance(recorded, dict) or not all(
+            isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest)
+            for digest in recorded.values()
+        ):
+            raise DownloadError(
+                f"The lock file '{self.path}' holds no mapping of sources to digests; restore it, "
+                "or remove it to pin anew what is published."
+            )
+        return recorded
 
 
 def _verify(path: Path, file: PinnedFile) -> None:
-    if file.sha256 is None:
+    expected = file.sha256 or file.sha256_prefix
+    if not expected:
         return
     found = sha256_of(path)
-    if found != file.sha256:
+    if not found.startswith(expected):
         raise DigestMismatchError(
-            f"'{path}' has the sha256 {found}; expected {file.sha256}. It is not the published "
+            f"'{path}' has the sha256 {found}; expected {expected}. It is not the published "
             f"file '{file.source}': delete it, or find out who changed it."
         )
 
@@ -225,6 +217,8 @@ def _fetch_http(file: PinnedFile, kept: Path) -> None:
     import urllib3
 
     part = kept.with_name(kept.name + ".part")
+    if not (file.sha256 or file.sha256_prefix):
+        part.unlink(missing_ok=True)  # of an earlier run, and nothing would tell two files apart
     failure = ""
     for attempt in range(_ATTEMPTS):
         if attempt:
@@ -273,8 +267,8 @@ def _continue_download(requests, file: PinnedFile, part: Path) -> bool:  # type:
             return False
         reply.raise_for_status()
         resumed = reply.status_code == 206
-        announced = reply.headers.get("Content-Length")
-        expected = (have if resumed else 0) + int(announced) if announced else file.size
+        announced = reply.headers.get("Content-Length", "")
+        expected = (have if resumed else 0) + int(announced) if announced.isdecimal() else file.size
         with part.open("ab" if resumed else "wb") as out:
             shutil.copyfileobj(reply.raw, out, _BLOCK)
     return expected is None or part.stat().st_size == expected

@@ -1,0 +1,1 @@
+"""Published checkpoint formats, read without running anything that a file contains."""
