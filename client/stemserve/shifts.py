@@ -29,7 +29,8 @@ MAX_SHIFT_S: Final = 0.5
 def shift_delays(shifts: int, sample_rate: int, seed: int) -> tuple[int, ...]:
     """Return the delay of each pass in samples; ``(0,)`` for no shifts.
 
-    The same as ``demucs.apply.apply_model(shifts=…)`` draws after ``random.seed(seed)``. Raises
+    The same as ``demucs.apply.apply_model(shifts=…)`` draws after ``random.seed(seed)``, unless the
+    model draws from that generator itself, as HTDemucs does from the second shift on. Raises
     SpecError for a negative number.
     """
     if shifts < 0:

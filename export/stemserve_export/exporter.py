@@ -82,7 +82,8 @@ def export_model(
 ) -> Exported:
     """Build a model's graph and configuration in a repository.
 
-    A model of specialists becomes one folder per specialist and an ensemble that joins them.
+    A model of specialists becomes one folder per specialist and an ensemble that joins them;
+    should a later specialist fail, those before it stay, each a model of its own.
     Nothing is done if the artefact there was built from the same checkpoint, spec and exporter.
     Until the last step everything happens in a hidden folder: an export that is interrupted
     leaves the repository as it was.
@@ -135,10 +136,7 @@ def _export_one(
     spec = model_spec(entry, digests)
 
     def build(artefact: Path) -> dict[str, Any]:
-        record = _build(entry, spec, files, artefact / MODEL_FILE, report)
-        for key, file in entry.files.items():
-            lock.pin(file, digests[key])
-        return record
+        return _build(entry, spec, files, artefact / MODEL_FILE, report)
 
     recipe = _recipe(spec)
     tensorrt = onnxruntime_tensorrt_config(spec, recipe)
@@ -148,7 +146,10 @@ def _export_one(
             tensorrt, "stemserve export"
         ),
     }
-    return place(repository, spec, configs, recipe, build)
+    done = place(repository, spec, configs, recipe, build)
+    for key, file in entry.files.items():
+        lock.pin(file, digests[key])
+    return done
 
 
 def _build(
@@ -160,12 +161,14 @@ def _build(
     report(f"Exporting {spec.name} (version {spec.version})")
     try:
         module = _family(entry).build(entry, files, entry.precision)
+        # Eager half precision is slow on a CPU, and fp32 is what the artefact stands for.
+        exact = module if entry.precision == "fp32" else _family(entry).build(entry, files)
     except OSError as error:  # ours to write to is the repository only
         raise CheckpointError(
             f"The checkpoint of '{spec.name}' cannot be read ({error})."
         ) from None
     model = export_graph(module, spec, path)
-    parity_db = graph_parity_db(module, spec, path)
+    parity_db = graph_parity_db(exact, spec, path)
     if parity_db is not None:
         worst = min(parity_db.values())
         report(f"Graph against PyTorch: {worst:.0f} dB or better per stem")

@@ -124,20 +124,18 @@ def _commit(staging: Path, artefact: Path, target: Path) -> None:
     blocked = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
     try:
-        replaced = staging / "replaced"
-        if target.exists():
-            target.rename(replaced)
+        moves = [(artefact, target), (staging / CONFIGS_FOLDER, target.parent / CONFIGS_FOLDER)]
+        before_us = [(place, staging / f"replaced-{place.name}") for _, place in moves]
+        done: list[tuple[Path, Path]] = []
         try:
-            artefact.rename(target)
-            shutil.rmtree(target.parent / CONFIGS_FOLDER, ignore_errors=True)
-            if (staging / CONFIGS_FOLDER).exists():
-                (staging / CONFIGS_FOLDER).rename(target.parent / CONFIGS_FOLDER)
+            for source, destination in (*before_us, *moves):
+                if source.exists():
+                    source.rename(destination)
+                    done.append((source, destination))
             (staging / CONFIG_NAME).replace(target.parent / CONFIG_NAME)
         except OSError:
-            if target.exists():
-                target.rename(artefact)
-            if replaced.exists():
-                replaced.rename(target)
+            for source, destination in reversed(done):
+                destination.rename(source)
             raise
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -41,6 +41,10 @@ def model_config(spec: ModelSpec) -> model_config_pb2.ModelConfig:
     warmup.data_type = dtype
     warmup.dims.extend(spec.tensor_dims)
     warmup.zero_data = True
+    if spec.domain == "hybrid":
+        # Planned memory is 60 % more of it at the same speed (1.76 against 1.07 GB, HTDemucs on a
+        # CPU); a mask model loses 5 to 8 % of speed without the plan.
+        config.parameters["enable_mem_pattern"].string_value = "0"
     return with_cuda_provider(config)
 
 

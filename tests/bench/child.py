@@ -79,11 +79,43 @@ def eager(threads: str) -> Callable[[], None]:
     return work
 
 
+def graph(path: str) -> Callable[[], None]:
+    """One chunk of noise through ONNX Runtime, one thread."""
+    import numpy as np
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    shape = (1, *session.get_inputs()[0].shape[1:])
+    chunk = np.random.default_rng(0).normal(0, 0.1, shape).astype(np.float32)
+    session.run(None, {"mixture": chunk})
+    return lambda: session.run(None, {"mixture": chunk})
+
+
+def package(name: str, files: str) -> Callable[[], None]:
+    """The same chunk through the family's own package in eager PyTorch, one thread."""
+    import torch
+    from support.peers import eager_peer
+
+    torch.set_num_threads(1)
+    peer, chunk_samples = eager_peer(name, json.loads(files))
+    chunk = torch.randn(2, chunk_samples, generator=torch.Generator().manual_seed(0)) * 0.1
+    peer(chunk)
+    return lambda: peer(chunk)
+
+
 def main() -> None:
     """Run one task and report."""
     import resource
 
-    task = {"reference": reference, "bare": bare, "eager": eager}[sys.argv[1]]
+    task = {
+        "reference": reference,
+        "bare": bare,
+        "eager": eager,
+        "graph": graph,
+        "package": package,
+    }[sys.argv[1]]
     work = task(*sys.argv[2:])
     wall, cpu = time.monotonic(), time.process_time()
     work()

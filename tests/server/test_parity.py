@@ -11,8 +11,9 @@ from support.weights import published_unets
 from stemserve import Separator
 from stemserve.spec import INPUT_NAME
 from stemserve_export.catalog import find_model
-from stemserve_export.exporter import export_model, model_spec, with_options
-from stemserve_export.verify import snr_db
+from stemserve_export.choices import with_options
+from stemserve_export.exporter import export_model, model_spec
+from stemserve_export.gate.measures import snr_db
 
 STEMS = ("vocals", "accompaniment")
 # fp32 arithmetic in another order: 115 to 130 dB is measured.

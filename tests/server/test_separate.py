@@ -11,7 +11,7 @@ from support.models import identity_spec
 
 from stemserve import AsyncSeparator, Separator
 from stemserve.errors import ModelNotFoundError, ServerUnreachableError, SpecError, UnknownStemError
-from stemserve_export.verify import snr_db
+from stemserve_export.gate.measures import snr_db
 
 IDENTITY_DB = 120.0  # fp32 weights that sum to 1 leave rounding only (about 140 dB)
 

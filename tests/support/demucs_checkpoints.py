@@ -59,14 +59,14 @@ HDEMUCS_MMI: dict[str, Any] = {
     "multi_freqs": [],
     "rescale": 0.1,
 }
-# The same networks with fewer channels, layers and heads, for a segment of 1 s.
+# The same networks with fewer channels, layers and heads, for a segment of half a second.
 SMALL_HTDEMUCS: dict[str, Any] = {
     **HTDEMUCS,
-    "channels": 16,
+    "channels": 8,
     "bottom_channels": 32,
     "t_layers": 3,
     "t_heads": 4,
-    "segment": Fraction(1),
+    "segment": Fraction(1, 2),
 }
 SMALL_HTDEMUCS_6S: dict[str, Any] = {
     **SMALL_HTDEMUCS,
@@ -74,6 +74,9 @@ SMALL_HTDEMUCS_6S: dict[str, Any] = {
     "bottom_channels": 0,
 }
 SMALL_HDEMUCS: dict[str, Any] = {**HDEMUCS_MMI, "channels": 8}
+
+# Brings the outputs to about the level of the input.
+OUTPUT_GAIN = {"HTDemucs": 2.0, "HDemucs": 6.0}
 
 
 def network(klass: str, arguments: dict[str, Any], seed: int = 0) -> nn.Module:
@@ -92,6 +95,10 @@ def network(klass: str, arguments: dict[str, Any], seed: int = 0) -> nn.Module:
         if isinstance(member, nn.GroupNorm | nn.LayerNorm)
         for parameter in ("weight", "bias")
     }
+    outermost = [
+        f"{branch}.{len(module.get_submodule(branch)) - 1}.conv_tr.weight"  # type: ignore[arg-type]
+        for branch in ("decoder", "tdecoder")
+    ]
     with torch.no_grad():
         for name, tensor in module.state_dict().items():
             noise = torch.randn(tensor.shape, generator=generator)
@@ -101,6 +108,8 @@ def network(klass: str, arguments: dict[str, Any], seed: int = 0) -> nn.Module:
                 tensor.copy_(0.2 * noise + (1.0 if name.endswith("weight") else 0.0))
             elif name.endswith("bias"):
                 tensor.copy_(0.1 * noise)
+            elif name in outermost:
+                tensor.mul_(OUTPUT_GAIN[klass])
             tensor.copy_(tensor.half())
     return module.eval()
 

@@ -20,7 +20,13 @@ from stemserve_export.gate.measures import (
     sum_error_db,
 )
 from stemserve_export.gate.signals import odd_inputs, rendered_song
-from stemserve_export.gate.thresholds import SNR_DB, Limit, snr_limit, thresholds_for
+from stemserve_export.gate.thresholds import (
+    SNR_DB,
+    Limit,
+    snr_limit,
+    thresholds_for,
+    with_other_runtime,
+)
 
 SIGNAL = np.array([[3.0, 4.0]], np.float32)
 
@@ -127,6 +133,19 @@ def test_a_family_without_a_row_is_held_to_a_strict_one(make_spec):
 def test_half_precision_on_the_wire_is_held_to_what_it_can(make_spec):
     assert snr_limit(make_spec(family="spleeter", wire_dtype="fp16")).value == 55
     assert snr_limit(make_spec(family="spleeter")).value == 110
+
+
+def test_a_gpu_is_held_to_less_and_never_to_more(make_spec):
+    for family in SNR_DB:
+        for precision in ("fp32", "fp16"):
+            own = thresholds_for(make_spec(family=family, precision=precision))
+            gpu = with_other_runtime(own)
+            assert 40 <= gpu.snr_db.value <= own.snr_db.value
+            assert gpu.batch_db.value <= own.batch_db.value
+            assert gpu.peak_error.value >= own.peak_error.value
+            assert gpu.silence_peak == own.silence_peak
+    spleeter = make_spec(family="spleeter")
+    assert with_other_runtime(thresholds_for(spleeter)).sum_db.value == 40
 
 
 # --- audio ------------------------------------------------------------------------------------
@@ -260,3 +279,12 @@ def test_a_quick_run_does_not_replace_a_full_report_unless_it_fails(tmp_path):
     report(70.0, steps=("onnx", "served")).write(tmp_path)
     report(71.0, sha256="b" * 64).write(tmp_path)  # of another graph
     assert kept()["steps"] == ["onnx"]
+
+
+def test_a_song_is_normalized_as_the_client_does_it(make_spec):
+    """Source: demucs/separate.py: mean and unbiased deviation of the mono mix."""
+    spec = make_spec(chunk_samples=4096, sample_rate=8000, normalization="track", overlap=0.0)
+    material = rendered(spec)
+    mono = material.song.mixture.mean(axis=0)
+    first = (material.song.mixture[:, :4096] - mono.mean()) / (mono.std(ddof=1) + 1e-8)
+    assert np.allclose(material.chunks[0][0], first, atol=1e-5)

@@ -4,8 +4,8 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from tests.support.demucs_checkpoints import FOUR, SMALL_HDEMUCS, network, snr_db, write_th
-from tests.support.models import identity_spec
+from support.demucs_checkpoints import FOUR, SMALL_HDEMUCS, network, snr_db, write_th
+from support.models import identity_spec
 
 from stemserve.errors import ExportError
 from stemserve_export.catalog import SINGLE_FILE, find_model
@@ -19,6 +19,15 @@ CHUNK = 220500
 
 def entry(stems=FOUR, seconds=SECONDS):
     return replace(find_model("hdemucs_mmi"), stems=stems, options={"segment_seconds": seconds})
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Threads cost more than they bring for networks this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def music(batch=1, samples=CHUNK, seed=0):
@@ -57,10 +66,9 @@ def run(graph, mixture):
     return torch.from_numpy(np.stack(graph[0].run(None, {"mixture": mixture.numpy()}), axis=1))
 
 
-@pytest.mark.parametrize("seconds", ["1", "5", "10"])
-@pytest.mark.parametrize("dconv_mode", [1, 3])
+@pytest.mark.parametrize(("seconds", "dconv_mode"), [("1", 3), ("5", 1), ("6", 3)])
 def test_it_equals_the_published_network(seconds, dconv_mode, tmp_path):
-    module = network("HDemucs", {**SMALL_HDEMUCS, "channels": 4, "dconv_mode": dconv_mode})
+    module = network("HDemucs", {**SMALL_HDEMUCS, "dconv_mode": dconv_mode})
     path = write_th(module, tmp_path / "net.th")
     mixture = music(1, 44100 * int(seconds))
     expected = peer(module, mixture)

@@ -1,11 +1,10 @@
 from dataclasses import replace
-from fractions import Fraction
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
-from tests.support.demucs_checkpoints import (
+from support.demucs_checkpoints import (
     FOUR,
     SIX,
     SMALL_HTDEMUCS,
@@ -14,26 +13,35 @@ from tests.support.demucs_checkpoints import (
     snr_db,
     write_th,
 )
-from tests.support.models import identity_spec
+from support.models import identity_spec
 
 from stemserve.errors import CheckpointError, ExportError
 from stemserve_export.catalog import SINGLE_FILE, find_model
 from stemserve_export.families import htdemucs
+from stemserve_export.families.demucs_spectrum import SpectrogramFraming, inverse_of_ones
 from stemserve_export.onnx_graph import export_graph
 
 CHUNK = 22050
-# Two levels and half a second: 2816 tokens, more than one block of queries.
+# Two levels: 2816 tokens, more than one block of queries.
 TINY = {
     **SMALL_HTDEMUCS,
     "depth": 2,
     "dconv_depth": 1,
     "t_layers": 2,
-    "segment": Fraction(1, 2),
 }
 
 
 def entry(stems=FOUR, seconds="1/2"):
     return replace(find_model("htdemucs"), stems=stems, options={"segment_seconds": seconds})
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Threads cost more than they bring for networks this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def music(batch=1, samples=CHUNK, seed=0):
@@ -79,17 +87,19 @@ def run(graph, mixture):
     [
         (SMALL_HTDEMUCS, FOUR),
         (SMALL_HTDEMUCS_6S, SIX),
-        ({**SMALL_HTDEMUCS, "t_cross_first": True, "t_weight_pos_embed": 0.5}, FOUR),
-        ({**SMALL_HTDEMUCS, "dconv_mode": 1, "dconv_comp": 4, "dconv_depth": -2}, FOUR),
-        ({**SMALL_HTDEMUCS, "norm_starts": 2}, FOUR),
+        (
+            {**SMALL_HTDEMUCS, "t_cross_first": True, "t_weight_pos_embed": 0.5, "dconv_mode": 1},
+            FOUR,
+        ),
+        ({**SMALL_HTDEMUCS, "dconv_comp": 4, "dconv_depth": -2, "norm_starts": 2}, FOUR),
     ],
 )
 def test_it_equals_the_published_network(arguments, stems, tmp_path):
     module = network("HTDemucs", arguments)
     path = write_th(module, tmp_path / "net.th")
-    mixture = music(2, 44100)
+    mixture = music(2)
     expected = peer(module, mixture)
-    found = ours(htdemucs.build(entry(stems, "1"), {SINGLE_FILE: path}), mixture)
+    found = ours(htdemucs.build(entry(stems), {SINGLE_FILE: path}), mixture)
     # Different orders of summation in float32, 115 to 128 dB.
     assert all(snr_db(found[:, i], expected[:, i]) > 100 for i in range(len(stems)))
 
@@ -156,12 +166,11 @@ def test_fp16_keeps_the_stated_precision(tiny, tmp_path):
     separator = htdemucs.build(entry(), {SINGLE_FILE: path}, "fp16")
     spec = identity_spec(name="tiny", chunk_samples=CHUNK, stems=FOUR, precision="fp16")
     model = export_graph(separator, spec, tmp_path / "tiny.onnx")
-    types = {
-        node.op_type: types_of(model, node) for node in model.graph.node if node.op_type != "Cast"
-    }
-    assert types["Conv"] | types["Gemm"] >= {"FLOAT16"}
+    types: dict[str, set[str]] = {}
+    for node in model.graph.node:
+        types.setdefault(node.op_type, set()).update(types_of(model, node))
+    assert types["Gemm"] == {"FLOAT16"}
     assert types["Softmax"] == types["LayerNormalization"] == {"FLOAT"}
-    assert (tmp_path / "tiny.onnx").stat().st_size > 0
     session = (onnxruntime.InferenceSession(tmp_path / "tiny.onnx"), model)
     expected = peer(module, music())
     found = run(session, music())
@@ -181,6 +190,14 @@ def types_of(model, node):
 def test_the_graph_holds_what_tensorrt_takes_and_little_of_it(graph):
     operators = {node.op_type for node in graph[1].graph.node}
     assert operators.isdisjoint({"ConvTranspose", "InstanceNormalization", "Einsum", "Shape"})
+
+
+def test_the_mean_of_the_spectrogram_is_undone_on_the_waveform(tiny):
+    """What 1 + i in every bin adds to the waveform, against the published inverse STFT."""
+    spectrum = torch.full((1, 2048, -(-CHUNK // 1024)), 1 + 1j, dtype=torch.complex64)
+    expected = tiny[0]._ispec(spectrum, CHUNK)[0]
+    found = inverse_of_ones(SpectrogramFraming(CHUNK, 4096))
+    assert snr_db(torch.from_numpy(found), expected) > 100
 
 
 def test_framing_is_the_published_segment():

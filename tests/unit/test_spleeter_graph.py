@@ -30,9 +30,9 @@ from stemserve_export.onnx_graph import ALLOWED_OPERATORS
 N_FRAMES = 64
 # fp32 in another order of summation leaves about 125 dB; a misplaced tap or bin less than 60.
 LEAST_SNR_DB = 110.0
-# Half precision has 11 bits, and errors of many layers add: 48 dB and more are measured with these
-# weights, 67 dB with the published ones.
-LEAST_FP16_SNR_DB = 40.0
+# Half precision has 11 bits, and the errors of many layers add: 63 dB with these weights, 69 dB
+# with the published ones. The margin is for other orders of summation.
+LEAST_FP16_SNR_DB = 55.0
 EXTENSIONS: list[MaskExtension] = ["zeros", "average"]
 
 
@@ -145,6 +145,19 @@ def test_chunks_add_up_to_the_published_whole_track(
         assert snr_db(stem_truth, stem) > LEAST_SNR_DB
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_is_almost_silent_is_shared_as_published(variant: Variant) -> None:
+    """Where the mask's epsilon is as large as the estimates."""
+    separator = small_separator(variant)
+    track = music(N_FRAMES * HOP - N_FFT) * 1e-7
+    doubles = [unet.double() for unet in seeded_unets(variant)]
+    truth = separate_track(track.double(), doubles, "average", N_FRAMES, variant.output)
+    with torch.inference_mode():
+        measured = separate_in_chunks(separator, track)
+    for stem_truth, stem in zip(truth, measured, strict=True):
+        assert snr_db(stem_truth, stem) > LEAST_SNR_DB
+
+
 @pytest.mark.parametrize(
     "wrong",
     [Variant(4, "leaky_relu", "sigmoid"), Variant(4, "elu", "softmax")],
@@ -232,6 +245,10 @@ def test_onnx_graph(variant: Variant, mask_extension: MaskExtension, tmp_path: P
 def test_onnx_graph_in_half_precision(tmp_path: Path) -> None:
     variant = Variant(2, "elu", "softmax")
     session = exported(small_separator(variant, precision="fp16"), tmp_path)
+    model = onnx.load(tmp_path / "model.onnx")
+    kernels = {node.input[1] for node in model.graph.node if node.op_type == "Conv"}
+    weights = {each.name: each.data_type for each in model.graph.initializer}
+    assert {weights[kernel] for kernel in kernels} == {onnx.TensorProto.FLOAT16}
     separator = small_separator(variant)
     mixture = music(separator.chunk)[None]
     with torch.inference_mode():

@@ -13,14 +13,14 @@ from stemserve.spec import ModelSpec
 from stemserve.triton import WIRE_DTYPES
 from stemserve_export.gate.measures import snr_db
 from stemserve_export.gate.runners import GraphRunner, run_torch
-from stemserve_export.gate.thresholds import snr_limit
+from stemserve_export.gate.thresholds import export_limit
 
 if TYPE_CHECKING:
     from torch import nn
 
 
 def graph_parity_db(module: nn.Module, spec: ModelSpec, path: Path) -> dict[str, float] | None:
-    """Compare the exported graph with its torch module, in the module's own precision.
+    """Compare the exported graph with a torch module: the one that it was built from, in fp32.
 
     The batch holds seeded noise that falls silent half-way, and a chunk of silence: optimisers of
     graphs have been seen to drop small constants, which shows in silence alone.
@@ -44,7 +44,7 @@ def graph_parity_db(module: nn.Module, spec: ModelSpec, path: Path) -> dict[str,
         stem: round(min(snr_db(want, got), 999.0), 1)
         for stem, want, got in zip(spec.stems, expected, outputs, strict=True)
     }
-    least = snr_limit(spec).value
+    least = export_limit(spec).value
     for stem, value in parity.items():
         if not value >= least:  # NaN fails, too
             raise ExportError(

@@ -16,7 +16,7 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from stemserve.errors import ServerError
 from stemserve.spec import INPUT_NAME, ModelSpec
-from stemserve_export.verify import snr_db
+from stemserve_export.gate.measures import snr_db
 
 _WIRE: Final = {"fp32": np.float32, "fp16": np.float16}
 _WARM_UP: Final = 2

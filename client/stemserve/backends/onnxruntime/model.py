@@ -4,7 +4,7 @@ The tritonserver of the wheel nvidia-pytriton has no ``libtriton_onnxruntime.so`
 backend directory as ``onnxruntime/model.py``, this file serves every model whose configuration
 says ``platform: "onnxruntime_onnx"``, unchanged: batching, priorities, queue policies and warm-up
 are the server's own work. Of the real backend's options it reads those that matter on a CPU:
-thread counts, execution mode and graph optimization level.
+thread counts, execution mode, memory planning and graph optimization level.
 
 Differences: on a CPU the requests of a batch are run one after another, since batching does not
 speed up a CPU and would copy every input; a request with a non-finite sample is refused by
@@ -137,6 +137,7 @@ def session_options(config):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = int(parameters.get("intra_op_thread_count", "0"))
     options.inter_op_num_threads = int(parameters.get("inter_op_thread_count", "0"))
+    options.enable_mem_pattern = parameters.get("enable_mem_pattern", "1") != "0"
     options.execution_mode = EXECUTION_MODES[parameters.get("execution_mode", "0")]
     level = config.get("optimization", {}).get("graph", {}).get("level", 0)
     options.graph_optimization_level = GRAPH_LEVELS.get(
