@@ -12,8 +12,10 @@ import time
 import numpy as np
 import pytest
 import soundfile
+from google.protobuf import text_format
 from support.models import identity_spec, write_identity
 
+from stemserve.repository import read_config
 from stemserve.server import LocalServer
 
 
@@ -189,8 +191,9 @@ def test_model_of_somebody_else(run_cli, tmp_path):
     repository = tmp_path / "repository"
     write_identity(repository, identity_spec())
     config = repository / "identity" / "config.pbtxt"
-    text = config.read_text()
-    config.write_text(text[: text.index("parameters {")])
+    foreign = read_config(repository, "identity")
+    foreign.parameters.clear()
+    config.write_text(text_format.MessageToString(foreign))
     write_wav(tmp_path / "track.wav")
     with LocalServer(repository) as server:
         done = run_cli(

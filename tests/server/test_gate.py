@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import onnx
@@ -32,12 +33,11 @@ def figures_of(verification, step, check):
     ]
 
 
-@pytest.fixture(scope="module")
-def copy(repository, tmp_path_factory):
+@pytest.fixture
+def copy(repository, tmp_path):
     """Spleeter in a repository of its own, which tests may spoil."""
-    folder = tmp_path_factory.mktemp("gate")
-    shutil.copytree(repository / MODEL, folder / MODEL)
-    return folder
+    shutil.copytree(repository / MODEL, tmp_path / MODEL)
+    return tmp_path
 
 
 def test_spleeter_from_its_checkpoint_to_what_is_served(copy):
@@ -58,6 +58,9 @@ def test_spleeter_from_its_checkpoint_to_what_is_served(copy):
     assert all(figure.value > 5 for figure in figures_of(verification, "torch", "SDR"))
     assert "triton 2." in verification.versions["server"]
     assert verification_warning(copy, MODEL) is None
+    record = json.loads((copy / MODEL / "1" / "verification.json").read_text())
+    digest = hashlib.sha256((copy / MODEL / "1" / "model.onnx").read_bytes()).hexdigest()
+    assert record["graph_sha256"] == digest
 
 
 def test_a_corrupt_spleeter(copy):
@@ -69,7 +72,6 @@ def test_a_corrupt_spleeter(copy):
     values.flat[0] += 0.5
     tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
     onnx.save(model, path)
-    assert "with another graph" in verification_warning(copy, MODEL)
     verification = verify_model(copy, MODEL, GateOptions(quick=True))
     failed = {figure.check for figure in verification.figures if figure.passed is False}
     assert {"graph is the exported one", "SNR against torch"} <= failed
@@ -81,7 +83,7 @@ def test_a_corrupt_spleeter(copy):
 
 @pytest.fixture(scope="module")
 def identities(tmp_path_factory):
-    """An ensemble of two specialists, one of whose graphs is served changed."""
+    """An ensemble of two specialists."""
     folder = tmp_path_factory.mktemp("identities")
     specs = [identity_spec(f"pair_{stem}", 8192, stems=(stem,)) for stem in ("same", "half")]
     for spec in specs:
@@ -131,7 +133,7 @@ def test_a_server_of_another_runtime_is_held_to_a_level(identities):
 # --- serve ------------------------------------------------------------------------------------
 
 
-def test_serve_warns_of_a_model_that_was_not_verified(identities, tmp_path):
+def test_serve_warns_of_a_model_that_was_not_verified(identities):
     folder, _, _ = identities
     process = subprocess.Popen(
         [sys.executable, "-m", "stemserve.cli", "serve", "--repository", str(folder),
@@ -140,15 +142,12 @@ def test_serve_warns_of_a_model_that_was_not_verified(identities, tmp_path):
     )  # fmt: skip
     try:
         assert process.stdout.readline().startswith("Serving pair_same")
+        while not process.stdout.readline().startswith("Try:"):
+            pass
+        time.sleep(0.5)  # until it waits for a signal
     finally:
         process.terminate()
         _, err = process.communicate(timeout=60)
     assert err.splitlines()[0] == (
         "Warning: Model 'pair_same' has not been verified; run `stemserve verify pair_same`."
     )
-
-
-def test_the_report_names_the_graph_that_lies_there(copy):
-    record = json.loads((copy / MODEL / "1" / "verification.json").read_text())
-    digest = hashlib.sha256((copy / MODEL / "1" / "model.onnx").read_bytes()).hexdigest()
-    assert record["graph_sha256"] == digest

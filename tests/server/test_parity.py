@@ -29,7 +29,7 @@ def unets():
 def variant(request, repository, tmp_path_factory):
     entry = with_options(find_model("spleeter_2stems"), {"mask_extension": request.param})
     folder = repository if request.param == "average" else tmp_path_factory.mktemp("zeros")
-    path = export_model(entry, folder).path
+    path = export_model(entry, folder).folder / "model.onnx"
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return request.param, session, model_spec(entry)
 

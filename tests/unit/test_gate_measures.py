@@ -126,6 +126,11 @@ def test_every_model_of_the_catalogue_has_all_limits(name):
     assert (limits.sum_db is not None) == name.startswith("spleeter")
 
 
+def test_a_batch_is_held_to_more_than_a_family_with_much_rounding(make_spec):
+    assert thresholds_for(make_spec(family="htdemucs")).batch_db.value == 100
+    assert thresholds_for(make_spec(family="htdemucs", precision="fp16")).batch_db.value == 50
+
+
 def test_a_family_without_a_row_is_held_to_a_strict_one(make_spec):
     assert snr_limit(make_spec(family="new")).value == 90
 
