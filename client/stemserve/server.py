@@ -97,7 +97,10 @@ class LocalServer:
     def wait(self) -> int:
         """Block until the server ends by itself; return its exit status."""
         assert self._process is not None
-        return self._process.wait()
+        while True:
+            # Again and again: a signal that comes just before a wait without end is not acted upon.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return self._process.wait(1.0)
 
     def peak_rss_mb(self) -> float:
         """Peak resident memory of the server and its stubs together, in MB (10^6 bytes)."""
