@@ -15,6 +15,7 @@ import click
 
 import stemserve
 from stemserve.errors import OutputError, SpecError, StemserveError
+from stemserve.options import separation_options
 from stemserve.process import SafeStop, reuse_freed_chunks, terminate
 
 if TYPE_CHECKING:
@@ -50,13 +51,7 @@ def cli() -> None:
 @click.argument(
     "files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE..."
 )
-@click.option(
-    "--url",
-    envvar="STEMSERVE_URL",
-    metavar="HOST:PORT",
-    help="Triton's gRPC address. Without it a local server is started for this command.",
-)
-@click.option("--model", metavar="NAME", help="Model; may be left out if there is only one.")
+@separation_options
 @click.option("--stems", metavar="A,B", help="Stems to ask for; only they travel. [default: all]")
 @click.option(
     "--out",
@@ -84,32 +79,6 @@ def cli() -> None:
     "--normalize",
     is_flag=True,
     help="One gain for all stems, such that the loudest peaks at -1 dBFS.",
-)
-@click.option(
-    "--overlap",
-    type=float,
-    metavar="SHARE",
-    help="Share of a chunk in common with the next, e.g. 0.25. [default: the model's]",
-)
-@click.option(
-    "--shifts",
-    type=click.IntRange(min=0),
-    default=0,
-    metavar="N",
-    help="Average over N passes with random delays: better, and N times the work.",
-)
-@click.option("--shift-seed", type=int, default=0, metavar="SEED", help="Seed of the delays.")
-@click.option(
-    "--repository",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Model repository of the local server.",
-)
-@click.option(
-    "--shared-memory",
-    is_flag=True,
-    help="Hand samples over through /dev/shm, for a --url on this machine. A local server that is "
-    "started for this command is called so anyway.",
 )
 @click.option(
     "--json", "as_json", is_flag=True, help="Print metadata, and nothing else, on stdout."

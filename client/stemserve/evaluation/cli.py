@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from stemserve.options import separation_options
+
 if TYPE_CHECKING:
     from stemserve.evaluation.dataset import Track
     from stemserve.evaluation.results import Evaluation
@@ -32,38 +34,7 @@ _PLOT_FORMATS = (".png", ".svg", ".pdf")
     metavar="DIR",
     help="Score DIR/[train|test/]<track>/<stem>.wav instead of separating.",
 )
-@click.option(
-    "--url",
-    envvar="STEMSERVE_URL",
-    metavar="HOST:PORT",
-    help="Triton's gRPC address. Without it a local server is started for this command.",
-)
-@click.option("--model", metavar="NAME", help="Model; may be left out if there is only one.")
-@click.option(
-    "--repository",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Model repository of the local server.",
-)
-@click.option(
-    "--shared-memory",
-    is_flag=True,
-    help="Hand samples over through /dev/shm, for a --url on this machine.",
-)
-@click.option(
-    "--overlap",
-    type=float,
-    metavar="SHARE",
-    help="Share of a chunk in common with the next, e.g. 0.25. [default: the model's]",
-)
-@click.option(
-    "--shifts",
-    type=click.IntRange(min=0),
-    default=0,
-    metavar="N",
-    help="Average over N passes with random delays: better, and N times the work.",
-)
-@click.option("--shift-seed", type=int, default=0, metavar="SEED", help="Seed of the delays.")
+@separation_options
 @click.option(
     "--keep-estimates",
     type=click.Path(path_type=Path),

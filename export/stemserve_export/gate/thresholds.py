@@ -83,7 +83,7 @@ _UNLISTED: Final[dict[Precision, Limit]] = {
 _HALF_WIRE: Final = Limit(55, "70 dB are measured: samples travel in 11 bits of mantissa")
 
 # On export, a module in half precision is compared with its graph: two roundings, on noise.
-_EXPORT_HALF: Final = Limit(40, "50 dB and more are measured: torch and ONNX Runtime round apart")
+_EXPORT_HALF: Final = Limit(40, "49 dB and more are measured on white noise that stops at once")
 
 # An error of this many dB over the one that the SNR allows on average is no rounding any more.
 _PEAK_OVER_MEAN_DB: Final = 40.0
@@ -157,7 +157,7 @@ def snr_limit(spec: ModelSpec) -> Limit:
 
 
 def export_limit(spec: ModelSpec) -> Limit:
-    """Return the least SNR per stem of a new graph against its module in the same precision."""
+    """Return the least SNR per stem of a new graph against torch in fp32, on noise and silence."""
     limit = snr_limit(spec)
     return min(limit, _EXPORT_HALF) if spec.precision == "fp16" else limit
 
