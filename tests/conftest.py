@@ -10,6 +10,9 @@ import soundfile
 
 from stemserve.spec import Checkpoint, CheckpointFile, ModelSpec
 
+# A shell that starts us in the background has us ignore SIGINT, and commands would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 @pytest.fixture(scope="session")
 def make_spec():
